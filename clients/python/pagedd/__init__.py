@@ -1,0 +1,1 @@
+"""Talk to the pagedd daemon: several apps, one model, nobody's work lost."""

@@ -1,0 +1,1 @@
+"""The pagedd daemon: front, engine and helper processes. See docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""Model runners behind one protocol: see `pagedd_daemon.backends.base`."""

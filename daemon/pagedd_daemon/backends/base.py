@@ -1,0 +1,162 @@
+"""The protocol between the engine and whatever computes: three implementations, one contract.
+
+The step loop calls a backend from one thread, in this order per step::
+
+    backend.apply(instructions)         # what the pager asked for, in the pager's order
+    handle = backend.launch(step)       # may return before the work is done
+    result = backend.collect(handle)    # blocks until it is
+    for transfer in backend.poll_transfers(): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from kvpager.types import Instruction, Tokens
+
+from pagedd_daemon.engine.sampler import Drawn, Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the scheduler must know of a backend to plan with it."""
+
+    name: str
+    """``simulated``, ``llama.cpp``, ``torch``."""
+    device: str
+    """For people: ``CPU (2 threads)``, ``NVIDIA H200``."""
+    model_digest: bytes
+    """32 bytes that name the weights: part of every prefix root."""
+    kv_dtype: str
+    """``f16``, ``f32``, …; part of every prefix root too."""
+    vocab_size: int
+    context_tokens: int
+    """The longest sequence the model serves, in tokens."""
+    eog_tokens: frozenset[int]
+    """Ids that end a generation."""
+    gpu_blocks: int
+    """Blocks of the first tier the backend has room for."""
+    ram_blocks: int
+    """Pages the RAM tier has room for."""
+    block_tokens: int
+    block_bytes: int
+    """Bytes of KV per block."""
+    max_sequences: int
+    """Sequences that can hold KV at the same time; 0 for any number."""
+    max_step_tokens: int
+    """Input tokens a step may have at most."""
+    keep_cached_on_gpu: bool
+    """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
+
+
+@dataclass(slots=True)
+class Draw:
+    """One token to be drawn from the logits after a run's last token."""
+
+    seq: int
+    """The sequence the token is for (with n > 1, a child of the run's sequence)."""
+    sampler: Sampler
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive tokens of one sequence in one step."""
+
+    seq: int
+    start: int
+    """Position of the first token."""
+    tokens: Tokens
+    """Input ids, int32, shape ``(n,)``, n >= 1."""
+    block_table: npt.NDArray[np.int32]
+    """Blocks of the sequence up to and with these tokens; a view, valid until the next event."""
+    draws: Sequence[Draw] = ()
+    """Empty while a prompt is not yet wholly computed."""
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward pass over the runs of many sequences."""
+
+    epoch: int
+    runs: list[Run]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came out of a step, one `Drawn` per `Draw`, in the step's order."""
+
+    epoch: int
+    drawn: list[tuple[int, Drawn]]
+    """``(seq, drawn)``."""
+    seconds: float
+    """How long the device was busy with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """A `Store` or `Load` that has ended."""
+
+    transfer: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes the backend holds."""
+
+    weights: int
+    kv_pool: int
+    ram_tier: int
+    """In use by stored pages now."""
+
+
+class StepFaultError(Exception):
+    """A step could not be computed; nothing of it may be used. The engine fails its requests."""
+
+
+class Handle(Protocol):
+    """A step in flight; opaque."""
+
+
+class Backend(Protocol):
+    """Runs steps and moves pages. Not thread-safe."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Fixed once the model is loaded."""
+        ...
+
+    def apply(self, instructions: Iterable[Instruction]) -> None:
+        """Carry out, in order, those of the pager's instructions that concern memory.
+
+        `Attach`, `CopyBlock`, `Store`, `Load`, `Trim` and `Release`; verdicts are ignored.
+        """
+        ...
+
+    def launch(self, step: Step) -> Handle:
+        """Start a step. At most one is in flight."""
+        ...
+
+    def collect(self, handle: Handle) -> StepResult:
+        """Wait for the step.
+
+        Raises:
+            StepFaultError: The device refused it.
+        """
+        ...
+
+    def poll_transfers(self) -> list[TransferResult]:
+        """Transfers that ended since the last call."""
+        ...
+
+    def memory(self) -> MemoryReport:
+        """What is held now."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        ...

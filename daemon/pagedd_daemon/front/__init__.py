@@ -1,0 +1,1 @@
+"""The front process: sockets, authentication, validation, text, sessions, supervision."""

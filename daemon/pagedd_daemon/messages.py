@@ -1,0 +1,214 @@
+"""What front and engine say to each other, over one inherited socketpair.
+
+Each message is a frozen dataclass, packed by `pagedd_daemon.link` as a msgpack array whose first
+element names the class. Both ends are ours and of one version, so there is no schema negotiation;
+the engine trusts the front's validation, and the front checks only the tag of what comes back.
+
+``rid`` is the front's number of a request, unique for the life of the front. ``index`` counts the
+samples of a request (n > 1) from 0. Token ids are packed little-endian int32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# ------------------------------------------------------------------------------- front to engine
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """First message: which backend and model to load. Answered by `Loading`…, `Ready` or `Failed`."""
+
+    backend: str
+    """``llama.cpp`` or ``simulated``."""
+    model_path: str
+    """Validated GGUF file; ``""`` for a simulated model."""
+    model_digest: bytes
+    context_tokens: int
+    """0: what the model was trained with."""
+    kv_tokens: int
+    """Tokens of the first tier; 0: chosen from the memory of the machine."""
+    ram_bytes: int
+    """Budget of the RAM tier."""
+    threads: int
+    """CPU threads of llama.cpp; 0: the number of physical cores."""
+    kv_dtype: str = "f16"
+    flash_attention: bool = True
+    vocab_size: int = 0
+    """Simulated backend only: size of the vocabulary (llama.cpp knows its own)."""
+    eog_tokens: tuple[int, ...] = ()
+    """Simulated backend only."""
+    simulated_step_us: int = 1000
+    """Simulated backend only: fixed part of a step's time, in microseconds."""
+    simulated_token_us: int = 0
+    """Simulated backend only: further time per input token of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request, valid in every respect the front can check."""
+
+    rid: int
+    app: str
+    klass: int
+    """`kvpager.types.PriorityClass`."""
+    root: bytes
+    """Namespace salt, 32 bytes: the engine mixes in the model digest and the KV dtype."""
+    prompt: bytes
+    n: int
+    sampling: dict[str, Any]
+    """Fields of `pagedd_daemon.params.SamplingParams`."""
+    stop: dict[str, Any]
+    """Fields of `pagedd_daemon.params.StopParams`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End every sample of the request now. Answered by `Closed` in the next `StepReport`."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The front found a stop string: sample ``index`` ends with its first ``tokens`` tokens.
+
+    Later ones, already computed or not, are forgotten: truncated from KV and not counted.
+    """
+
+    rid: int
+    index: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The client does not read: keep the request out of steps until `Unpause`."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unpause:
+    """The client reads again."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskSnapshot:
+    """Asks for a `Snapshot` before the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Give everything back and exit 0. The front has ended every request before."""
+
+
+# ------------------------------------------------------------------------------- engine to front
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The model is being loaded."""
+
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine serves."""
+
+    backend: str
+    device: str
+    vocab_size: int
+    context_tokens: int
+    """The longest sequence (prompt and reply) it serves: the model's context or the pool, whichever
+    is smaller."""
+    pool_tokens: int
+    block_tokens: int
+    eog_tokens: tuple[int, ...]
+    kv_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The model could not be loaded; the engine exits."""
+
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """New tokens of one sample."""
+
+    rid: int
+    index: int
+    tokens: bytes
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
+    """One entry per token, if asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sample is over. Its last `Output` precedes this in the same report or came before.
+
+    The token that ended it (end of generation, stop id) is in no `Output` and not counted.
+    """
+
+    rid: int
+    index: int
+    reason: str
+    """``stop``, ``length``, ``context`` or ``cancelled``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """All samples of a request are over and its KV is cached or gone. Nothing follows for it."""
+
+    rid: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    queue_ms: float
+    prompt_ms: float
+    generation_ms: float
+    ttft_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The request ends with an error. Nothing follows for it."""
+
+    rid: int
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Everything of one step, in one message."""
+
+    steps: int
+    """Steps retired since start: the progress counter that health is read from."""
+    outputs: list[Output] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    closed: list[Closed] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    started: list[tuple[int, int]] = field(default_factory=list)
+    """``(rid, cached tokens)`` of requests whose prompt began to be computed in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine's figures: `pagedd_daemon.engine.snapshot` documents the keys."""
+
+    figures: dict[str, Any]
+
+
+ToEngine = Configure | Submit | Cancel | Finish | Pause | Unpause | AskSnapshot | Shutdown
+ToFront = Loading | Ready | Failed | StepReport | Snapshot

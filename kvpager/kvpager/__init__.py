@@ -1,0 +1,1 @@
+"""kvpager: a paged key-value pool as a deterministic state machine."""
