@@ -1,0 +1,46 @@
+# Everything a checkout needs. `make demo` and `make test` set the checkout up themselves.
+#
+#   PYTHON=...   interpreter to make .venv with (3.10 or later; found by itself otherwise)
+#   QUICK=1      bench targets: every row on a smaller sample, about a minute, marked as such
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& echo "$$p" && break; done)
+
+BIN := .venv/bin
+READY := .venv/.ready
+QUICK ?=
+
+export PAGEDD_QUICK := $(QUICK)
+
+.PHONY: help demo test check bench-cpu clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## four apps talk to one daemon at the same time (sets everything up first)
+	@$(BIN)/python packaging/dev/demo.py
+
+test: $(READY) ## the whole test suite (sets everything up first)
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## ruff, mypy --strict, import boundaries, file lengths
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python packaging/dev/check_imports.py
+	$(BIN)/python packaging/dev/check_length.py
+
+bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, 20 minutes or so
+	@$(BIN)/python -m benchmarks.cpu
+
+clean: ## remove .venv and everything else that was built or cached here
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp: made once, and again only when what is to be installed changes.
+$(READY): pyproject.toml packaging/dev/bootstrap.py
+	@test -n "$(PYTHON)" || { echo "pagedd needs Python 3.10 or later with the venv module (Debian and Ubuntu: apt install python3-venv); set PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" packaging/dev/bootstrap.py
+	@touch $@

@@ -1,0 +1,1 @@
+"""What tests share: a running daemon, models made for a test."""
