@@ -21,6 +21,8 @@
         └── InternalError           a defect of the daemon
 """
 
+# ruff: noqa: N818 (a name says what happened, as in httpx; the tree says that it is an error)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -55,7 +57,7 @@ class PageddError(Exception):
         self.details: dict[str, Any] = dict(details or {})
 
 
-class ConnectionFailed(PageddError):  # noqa: N818
+class ConnectionFailed(PageddError):
     """The daemon cannot be reached."""
 
     code = "E_CONNECTION"
@@ -75,14 +77,14 @@ class AccessDenied(ConnectionFailed):
     retryable = False
 
 
-class RequestTimeout(PageddError):  # noqa: N818
+class RequestTimeout(PageddError):
     """The deadline of the call passed before the daemon answered."""
 
     code = "E_TIMEOUT"
     retryable = True
 
 
-class ProtocolViolation(PageddError):  # noqa: N818
+class ProtocolViolation(PageddError):
     """The daemon sent what the protocol does not allow."""
 
     code = "E_PROTOCOL"
