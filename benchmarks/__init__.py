@@ -1,0 +1,1 @@
+"""Measurements of pagedd. Each prints a table and writes `results/TARGET-MACHINE.json`."""

@@ -1,0 +1,199 @@
+"""The one form every measurement of this project is reported in.
+
+A measuring target (``bench-*``, ``chaos``, ``soak``) fills a `Report` with rows and ends with
+``sys.exit(report.finish())``: that prints a table, writes `results/TARGET-MACHINE.json` and gives
+exit status 1, naming each row, if one misses its ``must``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
+_MUST = re.compile(r"(>=|<=|==|>|<)\s*(-?[\d,]+(?:\.\d+)?)")
+
+
+def meets(value: float, must: str) -> bool:
+    """Whether ``value`` is what ``must`` asks for: ``">= 0.95"``, ``"<= 1,384"``, ``"== 300"``.
+
+    An empty ``must`` asks for nothing; a value that is not a number meets none.
+
+    Raises:
+        ValueError: ``must`` is not of this form.
+    """
+    if not must:
+        return True
+    match = _MUST.fullmatch(must.strip())
+    if match is None:
+        raise ValueError(f"not a requirement: {must!r}")
+    compare, bound = match.groups()
+    return not math.isnan(value) and _COMPARE[compare](value, float(bound.replace(",", "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure."""
+
+    what: str
+    value: float
+    unit: str
+    must: str = ""
+    """What it must reach, read by `meets`; empty for a figure that is only told."""
+    note: str = ""
+    """The spread, the sample, the parts a ratio is made of."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it reached it."""
+        return meets(self.value, self.must)
+
+
+class Report:
+    """The rows of one run of one target."""
+
+    def __init__(self, target: str, *, quick: bool) -> None:
+        self.target = target
+        self.quick = quick
+        self.rows: list[Row] = []
+        self._console = Console()
+
+    def add(self, row: Row) -> None:
+        """Keep a row, and show at once how it went."""
+        self.rows.append(row)
+        mark = "ok  " if row.ok else "MISS"
+        text = f"{mark} {row.what}: {shown(row.value)} {row.unit}"
+        self._console.print(text, style=None if row.ok else "bold red", highlight=False)
+
+    def finish(self, results: Path = RESULTS) -> int:
+        """Print the table, write the result file, and return the exit status."""
+        self._console.print(self._table())
+        path = self.write(results)
+        self._console.print(f"written to {_relative(path)}", highlight=False)
+        missed = [row for row in self.rows if not row.ok]
+        for row in missed:
+            self._console.print(
+                f"MISSED: {row.what}: {shown(row.value)} {row.unit}, must be {row.must}",
+                style="bold red",
+                highlight=False,
+            )
+        return 1 if missed else 0
+
+    def write(self, results: Path = RESULTS) -> Path:
+        """Write the result file and return its path."""
+        results.mkdir(parents=True, exist_ok=True)
+        path = results / f"{self.target}-{machine_slug()}.json"
+        document = {
+            "command": f"make {self.target}" + (" QUICK=1" if self.quick else ""),
+            "machine": machine_words(),
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "commit": commit(),
+            "quick": self.quick,
+            "rows": [{**asdict(row), "ok": row.ok} for row in self.rows],
+        }
+        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    def _table(self) -> Table:
+        title = f"{self.target} on {machine_words()}" + (" (QUICK)" if self.quick else "")
+        table = Table(title=title)
+        table.add_column("what")
+        table.add_column("value", justify="right")
+        table.add_column("unit")
+        table.add_column("must")
+        table.add_column("ok")
+        table.add_column("note", style="dim")
+        for row in self.rows:
+            ok = "" if not row.must else "yes" if row.ok else "NO"
+            style = None if row.ok else "bold red"
+            table.add_row(row.what, shown(row.value), row.unit, row.must, ok, row.note, style=style)
+        return table
+
+
+def shown(value: float) -> str:
+    """A figure with the digits that mean something."""
+    if math.isnan(value):
+        return "none"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def _cpu_model() -> str:
+    """The CPU's name as the kernel gives it, without its marketing marks."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = match.group(1) if match else platform.processor() or platform.machine()
+    name = re.sub(r"\((?:R|TM|tm)\)|\bCPU\b|@.*|\b\d+-Core Processor\b", " ", name)
+    return " ".join(name.split())
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_slug() -> str:
+    """CPU model and core count, fit for a file name: ``amd-epyc-2c``. Never a host's name."""
+    model = re.sub(r"[^a-z0-9]+", "-", _cpu_model().lower()).strip("-")
+    return f"{model}-{cores()}c"
+
+
+def machine_words() -> str:
+    """The machine as a reader of the figures wants it."""
+    memory = round(psutil.virtual_memory().total / 2**30)
+    return (
+        f"{_cpu_model()}, {cores()} cores, {memory} GiB, {platform.system()} {platform.machine()}"
+    )
+
+
+def commit() -> str:
+    """The commit that was measured, with a ``+`` where files had been changed since."""
+    sha = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+    )
+    return (sha or "unknown") + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],  # noqa: S607 - whichever git the developer uses
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,74 @@
+"""A measurement that misses what it must reach cannot pass unnoticed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import Report, Row, machine_slug, meets
+
+
+@pytest.mark.parametrize(
+    ("value", "must", "ok"),
+    [
+        (0.95, ">= 0.95", True),
+        (0.9499, ">= 0.95", False),
+        (1384, "<= 1,384", True),
+        (1385, "<= 1,384", False),
+        (300, "== 300", True),
+        (299, "== 300", False),
+        (1, "> 1", False),
+        (0.5, "<1", True),
+        (-2, ">= -2.5", True),
+        (12.0, "", True),
+        (math.nan, ">= 0", False),
+        (math.nan, "<= 0", False),
+    ],
+)
+def test_a_requirement_is_read_as_it_is_written(value: float, must: str, ok: bool) -> None:
+    assert meets(value, must) is ok
+
+
+@pytest.mark.parametrize("must", ["0.95", ">= ", "about 3", ">= 1 or so", "=> 1"])
+def test_a_requirement_that_cannot_be_read_is_an_error(must: str) -> None:
+    with pytest.raises(ValueError, match="not a requirement"):
+        meets(1.0, must)
+
+
+def test_a_run_that_reaches_everything_exits_0(tmp_path: Path) -> None:
+    report = Report("bench-test", quick=False)
+    report.add(Row("speed", 1.0, "of raw", ">= 0.95"))
+    report.add(Row("only told", 3.0, "s"))
+    assert report.finish(tmp_path) == 0
+
+
+def test_a_row_that_misses_exits_1_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report("bench-test", quick=True)
+    report.add(Row("speed", 0.9, "of raw", ">= 0.95"))
+    assert report.finish(tmp_path) == 1
+    assert "MISSED: speed: 0.9 of raw, must be >= 0.95" in capsys.readouterr().out
+
+
+def test_the_result_file_has_the_agreed_form(tmp_path: Path) -> None:
+    report = Report("bench-test", quick=True)
+    report.add(Row("speed", 0.9, "of raw", ">= 0.95", note="median of 3"))
+    report.finish(tmp_path)
+    document = json.loads((tmp_path / f"bench-test-{machine_slug()}.json").read_text())
+    assert set(document) == {"command", "machine", "date", "commit", "quick", "rows"}
+    assert document["command"] == "make bench-test QUICK=1"
+    assert document["quick"] is True
+    assert document["rows"] == [
+        {
+            "what": "speed",
+            "value": 0.9,
+            "unit": "of raw",
+            "must": ">= 0.95",
+            "note": "median of 3",
+            "ok": False,
+        }
+    ]
