@@ -1,1 +1,31 @@
 """Model runners behind one protocol: see `pagedd_daemon.backends.base`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pagedd_daemon.backends.base import Backend
+    from pagedd_daemon.messages import Configure
+
+__all__ = ["load_backend"]
+
+
+def load_backend(configure: Configure, progress: Callable[[float], None]) -> Backend:
+    """Load what ``configure`` names. Only the chosen backend's libraries are imported.
+
+    Args:
+        configure: Which backend, which model, how much memory.
+        progress: Called with the fraction that is done, 0 to 1.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded.
+    """
+    if configure.backend == "simulated":
+        from pagedd_daemon.backends.simulated import SimulatedBackend
+
+        return SimulatedBackend.from_configure(configure)
+    from pagedd_daemon.backends.base import ModelLoadError
+
+    raise ModelLoadError(f"there is no backend {configure.backend!r}")

@@ -1,0 +1,335 @@
+"""A backend without a model: deterministic tokens, real paged content, a known step time.
+
+What it keeps in its pool is a hash per token instead of keys and values. The hash of a token is
+chained to the one before it, which is read *through the block table*, and the logits come from the
+last hash and from one hash of every full page. So a wrong block table, a missed copy-on-write, a
+lost or exchanged page give other tokens than a plain run, as they would with a model, and with
+``verify`` they raise `ContentError` at the step that meets them.
+
+Copies between the tiers happen when they are polled and not when they are asked for, which is the
+latest a real device might read or write: a block that is reused too early shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpager.types import CopyBlock, Instruction, Load, Store, Tier
+from pagedd_daemon.backends.base import (
+    Capabilities,
+    Handle,
+    MemoryReport,
+    ModelLoadError,
+    Run,
+    Step,
+    StepFaultError,
+    StepResult,
+    TransferResult,
+)
+from pagedd_daemon.backends.chain import POISON, Oracle, chain, mix, noise
+from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
+from pagedd_daemon.messages import Configure
+
+BLOCK_TOKENS = 16
+BYTES_PER_TOKEN = 8192
+"""What a token's KV is said to take, so that a byte budget means something here too."""
+DEFAULT_VOCAB = 512
+DEFAULT_CONTEXT = 8192
+DEFAULT_KV_TOKENS = 32768
+_EOG_EVERY = 256
+"""One in so many positions wants to end the text."""
+_MULTIBYTE_EVERY = 24
+"""One in so many characters is not ASCII."""
+_SPIN_S = 100e-6
+"""`time.sleep` wakes up to this much late; the rest of a wait is spun."""
+
+# What must follow a byte, so that most text is valid UTF-8: é, €, 😀.
+_FOLLOWS = {0xC3: 0xA9, 0xE2: 0x82, 0x82: 0xAC, 0xF0: 0x9F, 0x9F: 0x98, 0x98: 0x80}
+_LEADS = (0xC3, 0xE2, 0xF0)
+
+
+@dataclass(slots=True)
+class Faults:
+    """What shall go wrong. Steps and transfers are counted from 0; may be changed at any time."""
+
+    steps: set[int] = field(default_factory=set)
+    """Steps that fail, leaving rubbish in every cell they were to write."""
+    transfers: set[int] = field(default_factory=set)
+    """Transfers that fail, leaving rubbish where they were to write."""
+    nan_sequences: set[int] = field(default_factory=set)
+    """Sequences whose logits are NaN."""
+    hang_at_step: int = -1
+    """The step that never ends."""
+    delay_polls: int = 0
+    """Calls of ``poll_transfers`` that a transfer outlasts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    epoch: int
+    drawn: list[tuple[int, Drawn]] | None
+    """None: the step fails."""
+    ends: float
+    seconds: float
+    hangs: bool
+
+
+def wait_until(moment: float) -> None:
+    """Wait for ``time.perf_counter()`` to pass ``moment``, to some microseconds."""
+    nap = moment - time.perf_counter() - _SPIN_S
+    if nap > 0:
+        time.sleep(nap)
+    while time.perf_counter() < moment:
+        pass
+
+
+class SimulatedBackend:
+    """See the module. Implements `pagedd_daemon.backends.base.Backend`."""
+
+    def __init__(
+        self,
+        capabilities: Capabilities,
+        *,
+        step_s: float = 0.0,
+        token_s: float = 0.0,
+        faults: Faults | None = None,
+        verify: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        wait: Callable[[float], None] = wait_until,
+    ) -> None:
+        """A backend with an empty pool.
+
+        Args:
+            capabilities: Taken as they are; ``gpu_blocks``, ``ram_blocks`` and ``block_tokens``
+                size the pools.
+            step_s: Seconds of a step beside its tokens.
+            token_s: Seconds for each input token of a step.
+            faults: What goes wrong.
+            verify: Check every cell of every block table at every step (slow).
+            clock: Seconds, monotonic.
+            wait: Returns when ``clock()`` has reached its argument.
+        """
+        self._caps = capabilities
+        self._step_s, self._token_s = step_s, token_s
+        self.faults = faults or Faults()
+        self._clock, self._wait = clock, wait
+        shape = (capabilities.gpu_blocks, capabilities.block_tokens)
+        self._cells = np.full(shape, POISON, np.uint64)
+        self._ram = np.full((capabilities.ram_blocks, shape[1]), POISON, np.uint64)
+        self._stored: set[int] = set()
+        self._oracle = Oracle(shape[1]) if verify else None
+        self._steps = 0
+        self._transfers = 0
+        self._pending: deque[tuple[Store | Load, int, int]] = deque()
+        self._polls = 0
+        self._noise = noise(1 << 16, capabilities.vocab_size)
+        self._logits = np.zeros((16, capabilities.vocab_size), np.float32)
+
+    @classmethod
+    def from_configure(
+        cls,
+        configure: Configure,
+        *,
+        faults: Faults | None = None,
+        verify: bool = False,
+        keep_cached_on_gpu: bool = True,
+    ) -> SimulatedBackend:
+        """The backend that ``configure`` asks for.
+
+        Raises:
+            ModelLoadError: Its pool would hold less than two blocks.
+        """
+        blocks = (configure.kv_tokens or DEFAULT_KV_TOKENS) // BLOCK_TOKENS
+        if blocks < 2:
+            raise ModelLoadError(
+                f"kv_tokens is {configure.kv_tokens}, at least {2 * BLOCK_TOKENS} are needed",
+                {"kv_tokens": configure.kv_tokens, "least": 2 * BLOCK_TOKENS},
+            )
+        context = configure.context_tokens or DEFAULT_CONTEXT
+        capabilities = Capabilities(
+            name="simulated",
+            device="simulated",
+            model_digest=configure.model_digest or hashlib.sha256(b"simulated").digest(),
+            kv_dtype="u64",
+            vocab_size=configure.vocab_size or DEFAULT_VOCAB,
+            context_tokens=min(context, (blocks - 1) * BLOCK_TOKENS),
+            eog_tokens=frozenset(configure.eog_tokens),
+            gpu_blocks=blocks,
+            ram_blocks=configure.ram_bytes // (BLOCK_TOKENS * BYTES_PER_TOKEN),
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=BLOCK_TOKENS * BYTES_PER_TOKEN,
+            max_sequences=0,
+            max_step_tokens=2048,
+            keep_cached_on_gpu=keep_cached_on_gpu,
+        )
+        return cls(
+            capabilities,
+            step_s=configure.simulated_step_us * 1e-6,
+            token_s=configure.simulated_token_us * 1e-6,
+            faults=faults,
+            verify=verify,
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `Backend`."""
+        return self._caps
+
+    # --------------------------------------------------------------------------------------- memory
+
+    def apply(self, instructions: Iterable[Instruction]) -> None:
+        """See `Backend`."""
+        for instruction in instructions:
+            match instruction:
+                case CopyBlock(src=src, dst=dst, tokens=tokens):
+                    self._cells[dst] = POISON
+                    self._cells[dst, :tokens] = self._cells[src, :tokens]
+                case Store() | Load():
+                    assert instruction.tier is Tier.RAM
+                    ready = self._polls + self.faults.delay_polls
+                    self._pending.append((instruction, self._transfers, ready))
+                    self._transfers += 1
+                case _:
+                    pass
+
+    def poll_transfers(self) -> list[TransferResult]:
+        """See `Backend`. Here is where the copies happen."""
+        ended = []
+        while self._pending and self._pending[0][2] <= self._polls:
+            transfer, number, _ = self._pending.popleft()
+            ok = number not in self.faults.transfers
+            self._copy(transfer, ok)
+            ended.append(TransferResult(transfer.transfer, ok))
+        self._polls += 1
+        return ended
+
+    def _copy(self, transfer: Store | Load, ok: bool) -> None:
+        for page in transfer.pages:
+            n = page.tokens
+            if isinstance(transfer, Store):
+                self._ram[page.slot] = POISON
+                if ok:
+                    self._ram[page.slot, :n] = self._cells[page.block, :n]
+                    self._stored.add(page.slot)
+            else:
+                self._cells[page.block] = POISON
+                if ok:
+                    self._cells[page.block, :n] = self._ram[page.slot, :n]
+
+    def memory(self) -> MemoryReport:
+        """See `Backend`; what a model with `BYTES_PER_TOKEN` would take."""
+        size = self._caps.block_bytes
+        return MemoryReport(0, self._caps.gpu_blocks * size, len(self._stored) * size)
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._pending.clear()
+        self._stored.clear()
+
+    # ----------------------------------------------------------------------------------------- step
+
+    def launch(self, step: Step) -> _Handle:
+        """See `Backend`."""
+        begin = self._clock()
+        number, self._steps = self._steps, self._steps + 1
+        seconds = self._step_s + self._token_s * sum(len(run.tokens) for run in step.runs)
+        drawn: list[tuple[int, Drawn]] | None = None
+        if number in self.faults.steps:
+            for run in step.runs:
+                self._write(run, np.full(len(run.tokens), POISON, np.uint64))
+        else:
+            drawn = self._compute(step.runs)
+        hangs = number == self.faults.hang_at_step
+        return _Handle(step.epoch, drawn, begin + seconds, seconds, hangs)
+
+    def collect(self, handle: Handle) -> StepResult:
+        """See `Backend`."""
+        assert isinstance(handle, _Handle)
+        if handle.hangs:
+            threading.Event().wait()
+        self._wait(handle.ends)
+        if handle.drawn is None:
+            raise StepFaultError("the simulated device refused the step")
+        return StepResult(handle.epoch, handle.drawn, handle.seconds)
+
+    def _compute(self, runs: list[Run]) -> list[tuple[int, Drawn]]:
+        sequences: list[int] = []
+        wanted: list[tuple[int, Sampler]] = []
+        rows = 0
+        for run in runs:
+            last = self._advance(run)
+            if not run.draws:
+                continue
+            if rows == len(self._logits):
+                self._logits = np.concatenate([self._logits, np.zeros_like(self._logits)])
+            self._fill(self._logits[rows], run, last)
+            for one in run.draws:
+                sequences.append(one.seq)
+                wanted.append((rows, one.sampler))
+            rows += 1
+        if not rows:
+            return []
+        return list(zip(sequences, draw(self._logits[:rows], wanted), strict=True))
+
+    def _advance(self, run: Run) -> int:
+        """Compute the run's cells; returns the last one."""
+        size = self._caps.block_tokens
+        start = run.start
+        before = 0
+        if start:
+            block = run.block_table.item((start - 1) // size)
+            before = self._cells.item(block, (start - 1) % size)
+        if self._oracle is not None:
+            self._oracle.check(run, self._cells)
+        if len(run.tokens) == 1:
+            last = (before + mix(run.tokens.item(0) << 32 ^ start)) & 0xFFFF_FFFF_FFFF_FFFF
+            self._cells[run.block_table.item(start // size), start % size] = last
+            return last
+        cells = chain(before, run.tokens, start)
+        self._write(run, cells)
+        return int(cells[-1])
+
+    def _write(self, run: Run, cells: npt.NDArray[np.uint64]) -> None:
+        size = self._caps.block_tokens
+        at = np.arange(run.start, run.start + len(cells))
+        self._cells[run.block_table[at // size], at % size] = cells
+
+    def _fill(self, row: npt.NDArray[np.float32], run: Run, last: int) -> None:
+        """The logits after a run: noise and three favourites, all by hash of the content."""
+        if run.seq in self.faults.nan_sequences:
+            row.fill(np.nan)
+            return
+        length = run.start + len(run.tokens)
+        full = run.block_table[: length // self._caps.block_tokens]
+        pages = int(self._cells[full, -1].sum()) if full.size else 0
+        h = mix(last ^ pages)
+        offset = h & 0xFFFF
+        row[:] = self._noise[offset : offset + row.size]
+        follower = _FOLLOWS.get(run.tokens.item(-1))
+        if follower is not None and row.size >= 256:
+            row[follower] = 25.0
+        else:
+            for height in (11.0, 9.5, 9.0):
+                h = mix(h)
+                row[self._favourite(h)] = height
+        eog = self._caps.eog_tokens
+        for token in eog:
+            row[token] = -20.0
+        if eog and follower is None and (h >> 32) % _EOG_EVERY == 0:
+            row[min(eog)] = 30.0
+
+    def _favourite(self, h: int) -> int:
+        """An id that text of this vocabulary might have here."""
+        if self._caps.vocab_size < 256:
+            return h % self._caps.vocab_size
+        if h % _MULTIBYTE_EVERY == 0:
+            return _LEADS[(h >> 8) % len(_LEADS)]
+        return 32 + (h >> 8) % 95
