@@ -1,0 +1,367 @@
+"""The asyncio client: the same core as the synchronous one, and the same methods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pagedd import _verbs
+from pagedd._core import Assembly, Call, result_of
+from pagedd._errors import ConnectionFailed, PageddError
+from pagedd._hub import Hub
+from pagedd._paths import CONTROL_SOCKET, resolve_host
+from pagedd._sync import BYE_S, stalled, unanswered, was_closed
+from pagedd._types import Chunk, Completion, ServerInfo, SessionSummary
+from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
+from pagedd._version import CLIENT
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class AsyncClient:
+    """`Client` for asyncio; `pagedd.aconnect` makes it. Belongs to the loop it was opened in.
+
+    Tasks may share it and several streams may be open at once; a stream is for one task at a time.
+    Cancelling a task that waits does no harm to the client; a stream it reads inside
+    ``async with`` is cancelled in the daemon too. Methods, deadlines and errors are `Client`'s.
+    """
+
+    server: ServerInfo
+    """What the daemon said at the opening."""
+
+    def __init__(
+        self,
+        app: str,
+        priority: str = "normal",
+        *,
+        host: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._hello = {"app": app, "priority": priority, "client": CLIENT}
+        self._path = resolve_host(host)
+        self._timeout = timeout
+        self._opened: Hub | None = None
+
+    async def open(self) -> Self:
+        """Connect; awaiting the client or ``async with`` does this.
+
+        Raises:
+            DaemonNotRunning: Nothing listens on the socket.
+            AccessDenied: The daemon does not admit this user.
+            RequestTimeout: The daemon did not answer in time.
+        """
+        if self._opened is None:
+            self._opened = Hub(self._path, self._path.parent / CONTROL_SOCKET)
+            try:
+                self.server = self._opened.core.opened(await self._ask("hello", self._hello, None))
+            except BaseException:
+                self._opened.close(was_closed())
+                raise
+        return self
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncStream:
+        """Continue a text or token ids."""
+        return self._stream("generate", _verbs.generate(prompt, options), timeout)
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """`generate` to its end."""
+        async with self.generate(prompt, timeout=timeout, **options) as stream:
+            return await stream.wait()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncStream:
+        """The model's next message after ``messages``."""
+        fields = _verbs.chat(messages, tools, template_args, options)
+        return self._stream("chat", fields, timeout)
+
+    async def session(
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncSession:
+        """Open a conversation that the daemon keeps."""
+        fields = _verbs.session_open(system, tools, template_args, messages)
+        return AsyncSession(
+            self, str((await self._ask("session.open", fields, timeout))["session"])
+        )
+
+    async def tokenize(
+        self, text: str, *, special: bool = False, bos: bool = True, timeout: float | None = None
+    ) -> list[int]:
+        """Token ids of a text; arguments as `Client.tokenize`."""
+        fields = {"text": text, "special": special, "bos": bos}
+        return list(_verbs.unpack_tokens((await self._ask("tokenize", fields, timeout))["tokens"]))
+
+    async def detokenize(self, tokens: Sequence[int], *, timeout: float | None = None) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        fields = {"tokens": _verbs.pack_tokens(tokens)}
+        return str((await self._ask("detokenize", fields, timeout))["text"])
+
+    async def models(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """The models the daemon finds, loaded or not."""
+        return list((await self._ask("models", {}, timeout))["models"])
+
+    async def load(
+        self,
+        model: str | None = None,
+        keep_alive: float | str | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Load a model (None: the configured one); returns when it would serve."""
+        fields = {"model": model, "keep_alive": keep_alive}
+        return dict((await self._ask("load", fields, timeout))["model"])
+
+    async def unload(self, *, timeout: float | None = None) -> str | None:
+        """Unload the model once its streams have ended; returns its name or None."""
+        name = (await self._ask("unload", {}, timeout))["unloaded"]
+        return None if name is None else str(name)
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> bool:
+        """Cancel a request of this client; False if it is over already."""
+        fields = {"token": self._hub.core.token, "target": request_id}
+        return bool((await self._ask("cancel", fields, timeout, control=True))["cancelled"])
+
+    async def ping(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """``pid, uptime_s, state, steps``."""
+        return await self._ask("ping", {}, timeout, control=True)
+
+    async def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """What the daemon does now; never loads or wakes a model."""
+        return await self._ask("status", {}, timeout, control=True)
+
+    async def stats(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Counters since the daemon started."""
+        return await self._ask("stats", {}, timeout, control=True)
+
+    async def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Ask the daemon to exit, with ``drain`` once its streams have ended."""
+        await self._ask("shutdown", {"drain": drain}, timeout, control=True)
+
+    async def close(self) -> None:
+        """End the connection: the daemon cancels its requests and closes its sessions."""
+        if self._opened is None:
+            return
+        try:
+            if self._opened.usable:
+                # Gone or stuck, there is nobody to take leave of.
+                with contextlib.suppress(PageddError):
+                    await self._ask("bye", {}, min(BYE_S, self._timeout))
+        finally:
+            self._opened.close(was_closed())
+
+    @property
+    def _hub(self) -> Hub:
+        if self._opened is None:
+            raise ConnectionFailed(
+                "the client is not connected: await it, or use it in 'async with'", retryable=False
+            )
+        return self._opened
+
+    async def _ask(
+        self,
+        verb: str,
+        fields: Mapping[str, Any],
+        timeout: float | None,
+        *,
+        control: bool = False,
+    ) -> dict[str, Any]:
+        """One request with one result."""
+        seconds = self._timeout if timeout is None else timeout
+        call = self._hub.start(verb, fields, control=control)
+        try:
+            if not await self._hub.wait(call, seconds):
+                raise unanswered(call, seconds)
+        except BaseException:
+            self._hub.forget(call)
+            raise
+        return result_of(call.take())
+
+    def _stream(self, verb: str, fields: Mapping[str, Any], timeout: float | None) -> AsyncStream:
+        seconds = self._timeout if timeout is None else timeout
+        return AsyncStream(self._hub, self._hub.start(verb, fields), seconds)
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncStream:
+    """`Stream` for asyncio: iterate with ``async for``, or await `wait` or `text`."""
+
+    def __init__(self, hub: Hub, call: Call, timeout: float) -> None:
+        self._hub = hub
+        self._call = call
+        self._timeout = timeout
+        self._assembly = Assembly()
+        self._chunks: deque[Chunk] = deque()
+        self._error: PageddError | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Names the request for `AsyncClient.cancel`."""
+        return self._call.id
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Length of the prompt; None until the daemon has accepted it."""
+        return self._assembly.prompt_tokens
+
+    @property
+    def seed(self) -> int | None:
+        """What the draws are keyed by; None until the daemon has accepted the request."""
+        return self._assembly.seed
+
+    @property
+    def result(self) -> Completion:
+        """The finished request.
+
+        Raises:
+            PageddError: The stream is not over, or why it failed.
+        """
+        return self._assembly.finished(self._error)
+
+    async def wait(self) -> Completion:
+        """Read to the end."""
+        async for _ in self:
+            pass
+        return self.result
+
+    async def text(self) -> str:
+        """Read to the end; the text of the first sample."""
+        return (await self.wait()).text
+
+    def cancel(self) -> None:
+        """Ask the daemon to end it; reading goes on to the end, reason ``cancelled``."""
+        self._hub.cancel(self._call, abandon=False)
+
+    def close(self) -> None:
+        """Cancel it if it is not over, and read no more of it."""
+        if not self._call.over:
+            self._hub.cancel(self._call, abandon=True)
+        if self._assembly.completion is None and self._error is None:
+            self._error = PageddError("the stream was closed before its end")
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._assembly.completion is not None:
+                raise StopAsyncIteration
+            try:
+                if not self._call.events:
+                    await self._await_event()
+                self._chunks.extend(self._assembly.take(self._call.take()))
+            except PageddError as error:
+                self._error = error
+                raise
+        return self._chunks.popleft()
+
+    async def _await_event(self) -> None:
+        half = self._timeout / 2
+        if await self._hub.wait(self._call, half):
+            return
+        self._hub.again(self._call)  # as in Stream
+        if not await self._hub.wait(self._call, half):
+            self._hub.cancel(self._call, abandon=True)
+            raise stalled(self._call, self._timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._call.over:
+            self._hub.orphan(self._call)
+
+
+class AsyncSession:
+    """`Session` for asyncio; `AsyncClient.session` opens it."""
+
+    def __init__(self, client: AsyncClient, name: str) -> None:
+        self._client = client
+        self.id = name
+
+    def say(
+        self,
+        content: str,
+        role: str = "user",
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncStream:
+        """Add a message and stream the model's reply; one turn at a time."""
+        fields = _verbs.session_say(self.id, content, role, options)
+        return self._client._stream("session.say", fields, timeout)
+
+    async def fork(self, *, timeout: float | None = None) -> AsyncSession:
+        """A second session with the same history, which shares its KV."""
+        result = await self._client._ask("session.fork", {"session": self.id}, timeout)
+        return AsyncSession(self._client, str(result["session"]))
+
+    async def close(self, *, timeout: float | None = None) -> SessionSummary:
+        """End the session."""
+        result = await self._client._ask("session.close", {"session": self.id}, timeout)
+        return SessionSummary(int(result["turns"]), int(result["rewrites"]))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self.close()
+        except PageddError:
+            if kind is None:
+                raise

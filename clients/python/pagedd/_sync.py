@@ -1,0 +1,419 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pagedd import _verbs
+from pagedd._core import Assembly, Call, result_of
+from pagedd._errors import ConnectionFailed, PageddError, RequestTimeout
+from pagedd._paths import CONTROL_SOCKET, resolve_host
+from pagedd._pump import Pump
+from pagedd._types import Chunk, Completion, ServerInfo, SessionSummary
+from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
+from pagedd._version import CLIENT
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+BYE_S = 1.0
+"""How long `Client.close` waits for the daemon to have cancelled what was still running."""
+
+
+class Control:
+    """The control verbs: what one may ask without being an app. Never loads or wakes a model.
+
+    Raises:
+        DaemonNotRunning: Nothing listens on the socket.
+        AccessDenied: The daemon does not admit this user.
+        RequestTimeout: No answer within ``timeout`` seconds; every method has one.
+    """
+
+    def __init__(self, *, host: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+        data = resolve_host(host)
+        self._timeout = timeout
+        self._pump = Pump(None, data.parent / CONTROL_SOCKET)
+
+    def ping(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """``pid, uptime_s, state, steps``; steps that stand still under load: a stuck engine."""
+        return self._ask("ping", {}, timeout, control=True)
+
+    def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """What the daemon does now; docs/protocol.md, section 8, has the fields."""
+        return self._ask("status", {}, timeout, control=True)
+
+    def stats(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Counters since the daemon started."""
+        return self._ask("stats", {}, timeout, control=True)
+
+    def cancel_requests(
+        self,
+        *,
+        app: str | None = None,
+        target: str | None = None,
+        timeout: float | None = None,
+    ) -> bool:
+        """Cancel requests of this user's apps: of one app or (None) of all, one request or all.
+
+        Returns:
+            Whether there was any.
+        """
+        fields = {"app": app, "all": True if app is None else None, "target": target}
+        return bool(self._ask("cancel", fields, timeout, control=True)["cancelled"])
+
+    def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Ask the daemon to exit, with ``drain`` once its streams have ended. Does not wait."""
+        self._ask("shutdown", {"drain": drain}, timeout, control=True)
+
+    def close(self) -> None:
+        """Give the sockets back. Calls that wait in other threads fail. May be called twice."""
+        self._pump.close(was_closed())
+
+    def _ask(
+        self,
+        verb: str,
+        fields: Mapping[str, Any],
+        timeout: float | None,
+        *,
+        control: bool = False,
+    ) -> dict[str, Any]:
+        """One request with one result."""
+        seconds = self._timeout if timeout is None else timeout
+        call = self._pump.start(verb, fields, control=control)
+        if not self._pump.wait(call, seconds):
+            self._pump.forget(call)
+            raise unanswered(call, seconds)
+        return result_of(call.take())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Client(Control):
+    """A connection of one app to the daemon; `pagedd.connect` makes it.
+
+    Thread-safe: threads may share a client, and several streams may be open at once, read in any
+    order; one stream or session is for one thread at a time. While any thread reads, the events of
+    all streams are taken in and wait in memory for their readers. After `os.fork` the child must
+    connect anew.
+
+    Every method takes ``timeout`` in seconds (default: the one given to `pagedd.connect`) and
+    raises `RequestTimeout` after it; for a stream it is the longest wait for the next event.
+    Answers of the daemon that are errors are raised as `RequestError`.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        priority: str = "normal",
+        *,
+        host: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        data = resolve_host(host)
+        self._timeout = timeout
+        self._pump = Pump(data, data.parent / CONTROL_SOCKET)
+        hello = {"app": app, "priority": priority, "client": CLIENT}
+        try:
+            self.server: ServerInfo = self._pump.core.opened(self._ask("hello", hello, timeout))
+        except BaseException:
+            self._pump.close(was_closed())
+            raise
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """Continue a text or token ids."""
+        return self._stream("generate", _verbs.generate(prompt, options), timeout)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """`generate` to its end."""
+        with self.generate(prompt, timeout=timeout, **options) as stream:
+            return stream.wait()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """The model's next message after ``messages`` (``{"role": …, "content": …}``).
+
+        ``tools`` and ``template_args`` are given to the model's chat template.
+        """
+        fields = _verbs.chat(messages, tools, template_args, options)
+        return self._stream("chat", fields, timeout)
+
+    def session(
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Session:
+        """Open a conversation that the daemon keeps."""
+        fields = _verbs.session_open(system, tools, template_args, messages)
+        return Session(self, str(self._ask("session.open", fields, timeout)["session"]))
+
+    def tokenize(
+        self, text: str, *, special: bool = False, bos: bool = True, timeout: float | None = None
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: What to tokenise.
+            special: Read text like ``<|im_end|>`` as the special token and not as plain text.
+            bos: Add the model's start token where the model wants one.
+            timeout: Seconds.
+        """
+        fields = {"text": text, "special": special, "bos": bos}
+        return list(_verbs.unpack_tokens(self._ask("tokenize", fields, timeout)["tokens"]))
+
+    def detokenize(self, tokens: Sequence[int], *, timeout: float | None = None) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        fields = {"tokens": _verbs.pack_tokens(tokens)}
+        return str(self._ask("detokenize", fields, timeout)["text"])
+
+    def models(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """The models the daemon finds, loaded or not."""
+        return list(self._ask("models", {}, timeout)["models"])
+
+    def load(
+        self,
+        model: str | None = None,
+        keep_alive: float | str | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Load a model (None: the configured one); returns when it would serve."""
+        fields = {"model": model, "keep_alive": keep_alive}
+        return dict(self._ask("load", fields, timeout)["model"])
+
+    def unload(self, *, timeout: float | None = None) -> str | None:
+        """Unload the model once its streams have ended; returns its name or None."""
+        name = self._ask("unload", {}, timeout)["unloaded"]
+        return None if name is None else str(name)
+
+    def cancel(self, request_id: str, *, timeout: float | None = None) -> bool:
+        """Cancel a request of this client (`Stream.request_id`); False if it is over already."""
+        fields = {"token": self._pump.core.token, "target": request_id}
+        return bool(self._ask("cancel", fields, timeout, control=True)["cancelled"])
+
+    def close(self) -> None:
+        """End the connection: the daemon cancels its requests and closes its sessions."""
+        if self._pump.usable:
+            # Gone or stuck, there is nobody to take leave of.
+            with contextlib.suppress(PageddError):
+                self._ask("bye", {}, min(BYE_S, self._timeout))
+        super().close()
+
+    def _stream(self, verb: str, fields: Mapping[str, Any], timeout: float | None) -> Stream:
+        seconds = self._timeout if timeout is None else timeout
+        return Stream(self._pump, self._pump.start(verb, fields), seconds)
+
+
+class Stream:
+    """The chunks of one request, as they come; made by `Client.generate` and its like.
+
+    Iterate over it, or call `wait` or `text`. Leaving it early as a context manager, or dropping
+    it, cancels the request.
+    """
+
+    def __init__(self, pump: Pump, call: Call, timeout: float) -> None:
+        self._pump = pump
+        self._call = call
+        self._timeout = timeout
+        self._assembly = Assembly()
+        self._chunks: deque[Chunk] = deque()
+        self._error: PageddError | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Names the request for `Client.cancel`."""
+        return self._call.id
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Length of the prompt; None until the daemon has accepted it."""
+        return self._assembly.prompt_tokens
+
+    @property
+    def seed(self) -> int | None:
+        """What the draws are keyed by; None until the daemon has accepted the request."""
+        return self._assembly.seed
+
+    @property
+    def result(self) -> Completion:
+        """The finished request.
+
+        Raises:
+            PageddError: The stream is not over (read it to its end, or call `wait`), or why it
+                failed.
+        """
+        return self._assembly.finished(self._error)
+
+    def wait(self) -> Completion:
+        """Read to the end."""
+        for _ in self:
+            pass
+        return self.result
+
+    def text(self) -> str:
+        """Read to the end; the text of the first sample."""
+        return self.wait().text
+
+    def cancel(self) -> None:
+        """Ask the daemon to end it. Does not wait: reading goes on, and the stream ends with
+        reason ``cancelled`` unless it was over before."""
+        self._pump.cancel(self._call, abandon=False)
+
+    def close(self) -> None:
+        """Cancel it if it is not over, and read no more of it."""
+        if not self._call.over:
+            self._pump.cancel(self._call, abandon=True)
+        if self._assembly.completion is None and self._error is None:
+            self._error = PageddError("the stream was closed before its end")
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._assembly.completion is not None:
+                raise StopIteration
+            try:
+                if not self._call.events:
+                    self._await_event()
+                self._chunks.extend(self._assembly.take(self._call.take()))
+            except PageddError as error:
+                self._error = error
+                raise
+        return self._chunks.popleft()
+
+    def _await_event(self) -> None:
+        half = self._timeout / 2
+        if self._pump.wait(self._call, half):
+            return
+        # A lost last event leaves no gap behind that would show it: ask once. (One that only
+        # takes long is not disturbed.)
+        self._pump.again(self._call)
+        if not self._pump.wait(self._call, half):
+            self._pump.cancel(self._call, abandon=True)
+            raise stalled(self._call, self._timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._call.over:
+            self._pump.orphan(self._call)
+
+
+class Session:
+    """A conversation whose token ids the daemon keeps; `Client.session` opens it.
+
+    A reply is never tokenised again, so its KV is found at the next turn. The session ends with
+    its client.
+    """
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._client = client
+        self.id = name
+
+    def say(
+        self,
+        content: str,
+        role: str = "user",
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """Add a message and stream the model's reply; ``n`` is not possible here.
+
+        One turn at a time. A turn that is cancelled or fails leaves the session as it was.
+        """
+        fields = _verbs.session_say(self.id, content, role, options)
+        return self._client._stream("session.say", fields, timeout)
+
+    def fork(self, *, timeout: float | None = None) -> Session:
+        """A second session with the same history, which shares its KV."""
+        result = self._client._ask("session.fork", {"session": self.id}, timeout)
+        return Session(self._client, str(result["session"]))
+
+    def close(self, *, timeout: float | None = None) -> SessionSummary:
+        """End the session."""
+        result = self._client._ask("session.close", {"session": self.id}, timeout)
+        return SessionSummary(int(result["turns"]), int(result["rewrites"]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except PageddError:
+            if kind is None:
+                raise
+
+
+def unanswered(call: Call, seconds: float) -> RequestTimeout:
+    """The error of a request without a result."""
+    return RequestTimeout(
+        f"{call.verb} had no answer within {seconds:g} s",
+        details={"verb": call.verb, "timeout_s": seconds},
+    )
+
+
+def stalled(call: Call, seconds: float) -> RequestTimeout:
+    """The error of a stream that stands still."""
+    return RequestTimeout(
+        f"{call.verb} made no progress for {seconds:g} s",
+        details={"verb": call.verb, "request": call.id, "timeout_s": seconds},
+    )
+
+
+def was_closed() -> ConnectionFailed:
+    """The error of calls on a client that was closed."""
+    return ConnectionFailed("the client was closed", retryable=False)
