@@ -1,64 +1,65 @@
-"""Every limit of the daemon in one table. docs/protocol.md section 7 is generated from it."""
+"""Every limit of the daemon in one table.
+
+``python -m pagedd_daemon.front.limits`` prints it as section 7 of docs/protocol.md has it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+def _limit(default: int, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one message, one connection and the daemon may take at most."""
 
-    frame_bytes: int = 8 * 2**20
-    """Bytes of one ZeroMQ frame; a larger one closes the connection."""
-    frames: int = 1
-    """Frames of one message."""
-    depth: int = 16
-    """Nesting of maps and lists in a message."""
-    map_entries: int = 4096
-    """Entries of one map."""
-    list_entries: int = 65536
-    """Entries of one list."""
-    string_bytes: int = 4 * 2**20
-    """Bytes of one string (a prompt, a message)."""
-    binary_bytes: int = 4 * 2**20
-    """Bytes of one binary (1,048,576 token ids)."""
-    total_nodes: int = 262_144
-    """Values of all kinds in one message: what a small message may grow to in memory."""
-    handshake_ms: int = 2000
-    """Time for a connection's handshake."""
-    id_chars: int = 64
-    """Characters of a request id."""
-    app_chars: int = 64
-    """Characters of an app name."""
-    samples: int = 16
-    """``n`` of one request."""
-    logprobs: int = 20
-    """``logprobs`` of one request."""
-    stop_strings: int = 16
-    """Stop strings of one request."""
-    stop_string_bytes: int = 256
-    """Bytes of one stop string."""
-    stop_token_ids: int = 64
-    """Stop token ids of one request."""
-    logit_bias: int = 1024
-    """Entries of ``logit_bias``."""
-    messages: int = 4096
-    """Messages of one chat."""
-    tools: int = 256
-    """Tools of one chat."""
-    sessions_per_connection: int = 64
-    """Open sessions of one connection."""
-    requests_per_connection: int = 256
-    """Requests of one connection that are not over."""
-    requests_total: int = 4096
-    """Requests of all connections that are not over."""
-    connections: int = 1024
-    """Connections that have said hello."""
-    output_bytes_per_connection: int = 2**20
-    """Bytes waiting for a client that does not read, before its requests are paused."""
-    remembered_requests: int = 64
-    """Finished requests of one connection whose events can be sent again."""
+    frame_bytes: int = _limit(
+        8 * 2**20, "Bytes of one ZeroMQ frame; a larger one closes the connection."
+    )
+    frames: int = _limit(1, "Frames of one message.")
+    depth: int = _limit(16, "Nesting of maps and lists in a message, the message itself included.")
+    map_entries: int = _limit(4096, "Entries of one map.")
+    list_entries: int = _limit(16384, "Entries of one list.")
+    string_bytes: int = _limit(4 * 2**20, "Bytes of one string (a prompt, the text of a message).")
+    binary_bytes: int = _limit(4 * 2**20, "Bytes of one binary (1,048,576 token ids).")
+    total_nodes: int = _limit(
+        65536,
+        "Values of all kinds in one message, map keys included: what a small message may grow to "
+        "in memory.",
+    )
+    handshake_ms: int = _limit(2000, "Time for a connection's handshake.")
+    heartbeat_ms: int = _limit(30_000, "Time between two heartbeats (ZMTP PING) to a client.")
+    silence_ms: int = _limit(
+        300_000,
+        "Time without a sign of life after a heartbeat until a client counts as gone; a client "
+        "that is stopped, or leaves a full queue unread, gives none.",
+    )
+    id_chars: int = _limit(64, "Characters of a request id.")
+    app_chars: int = _limit(64, "Characters of an app name.")
+    samples: int = _limit(16, "`n` of one request.")
+    logprobs: int = _limit(20, "`logprobs` of one request.")
+    stop_strings: int = _limit(16, "Stop strings of one request.")
+    stop_string_bytes: int = _limit(256, "Bytes of one stop string.")
+    stop_token_ids: int = _limit(64, "Stop token ids of one request.")
+    logit_bias: int = _limit(1024, "Entries of `logit_bias`.")
+    messages: int = _limit(4096, "Messages of one chat.")
+    tools: int = _limit(256, "Tools of one chat.")
+    sessions_per_connection: int = _limit(64, "Open sessions of one connection.")
+    requests_per_connection: int = _limit(256, "Requests of one connection that are not over.")
+    requests_total: int = _limit(4096, "Requests of all connections that are not over.")
+    connections: int = _limit(1024, "Connections that have said hello.")
+    output_bytes_per_connection: int = _limit(
+        2**20,
+        "Bytes waiting for a client that does not read, before its requests are paused and new "
+        "ones refused (`E_SLOW`).",
+    )
+    remembered_requests: int = _limit(
+        64, "Finished requests of one connection whose events can be sent again."
+    )
 
 
 DEFAULT_LIMITS = Limits()
@@ -72,3 +73,16 @@ def as_map(limits: Limits) -> dict[str, int]:
 def names() -> tuple[str, ...]:
     """The limits in table order."""
     return tuple(f.name for f in fields(Limits))
+
+
+def markdown(limits: Limits = DEFAULT_LIMITS) -> str:
+    """The limits as a Markdown table."""
+    rows = (
+        f"| `{f.name}` | {getattr(limits, f.name):,} | {f.metadata['meaning']} |"
+        for f in fields(limits)
+    )
+    return "\n".join(("| limit | value | meaning |", "|---|---|---|", *rows))
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -36,7 +36,11 @@ class Connection:
 
 
 class Service(Protocol):
-    """What the transport calls. All calls come from the event loop's thread and must not block."""
+    """What the transport calls. All calls come from the event loop's thread and must not block.
+
+    `opened`, `request` and `control` may raise `pagedd_daemon.front.errors.WireError`: it becomes
+    the ``error`` event, with ``seq`` 0, that ends the request.
+    """
 
     def opened(self, connection: Connection) -> dict[str, Any]:
         """A hello was accepted. Returns the fields the service adds to its result."""
@@ -70,6 +74,10 @@ class Transport(Protocol):
 
     def send(self, connection: Connection, event: Event) -> None:
         """Queue an event. Events queued in one turn of the event loop travel as one message."""
+        ...
+
+    def flush(self) -> None:
+        """Send now what is queued, without waiting for the end of the turn."""
         ...
 
     def backlog_bytes(self, connection: Connection) -> int:

@@ -1,0 +1,254 @@
+"""The socket directory: who may serve in it, its listening sockets, and how many clients fit.
+
+libzmq neither asks before it unlinks what lies at an ``ipc://`` path, nor survives `accept` running
+out of descriptors (it aborts the process). So the listening sockets are made here, handed over by
+descriptor, and taken back before the descriptors run out; the kernel's backlog queues meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import resource
+import socket
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+LOCK_NAME = "pagedd.lock"
+DATA_NAME = "pagedd.sock"
+CONTROL_NAME = "control.sock"
+
+_MAX_PATH_BYTES = 107
+"""``sun_path`` of unix(7) has 108 bytes, one of them the terminating zero."""
+
+
+class AlreadyRunning(Exception):  # noqa: N818
+    """Another daemon serves in this directory.
+
+    Attributes:
+        pid: Of the other daemon; 0 if it has not written it yet.
+        path: The lock file it holds.
+        started: When it started, ISO 8601; ``""`` if unknown.
+    """
+
+    def __init__(self, pid: int, path: Path, started: str = "") -> None:
+        since = f", running since {started}" if started else ""
+        super().__init__(f"another daemon (process {pid}{since}) holds {path}")
+        self.pid = pid
+        self.path = path
+        self.started = started
+
+
+class SocketPathError(Exception):
+    """The directory, or what lies at a socket's path, cannot be used; it is left as it is.
+
+    Attributes:
+        path: What is in the way.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A listening socket and the file it is bound to."""
+
+    sock: socket.socket
+    path: Path
+    device: int
+    inode: int
+
+    @property
+    def endpoint(self) -> str:
+        """What libzmq calls the path."""
+        return f"ipc://{self.path}"
+
+
+class SocketDirectory:
+    """The directory, held by a lock for as long as this object is open."""
+
+    def __init__(self, path: Path) -> None:
+        """Takes the directory, which is created if need be.
+
+        Raises:
+            AlreadyRunning: Another daemon holds it.
+            SocketPathError: It is not a directory of ours that is closed to everybody else.
+        """
+        self.path = path
+        self._listening: list[Listening] = []
+        _check_directory(path)
+        self._lock_fd = _lock(path / LOCK_NAME)
+
+    def listen(self, name: str, backlog: int) -> Listening:
+        """A listening socket ``name``, mode 0600, in place of a stale one of ours.
+
+        Raises:
+            SocketPathError: Something that is not our stale socket lies there. It is kept.
+        """
+        path = self.path / name
+        if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+            raise SocketPathError(
+                path, f"the path of a Unix socket has at most {_MAX_PATH_BYTES} bytes"
+            )
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # The mode at bind is what counts: a chmod afterwards would leave a moment to connect.
+            before = os.umask(0o177)
+            try:
+                sock.bind(os.fspath(path))
+            finally:
+                os.umask(before)
+            sock.listen(backlog)
+            # libzmq accepts until it would block, and gets this very file description.
+            sock.setblocking(False)
+            made = os.lstat(path)
+        except OSError as error:
+            sock.close()
+            raise SocketPathError(path, error.strerror or str(error)) from error
+        listening = Listening(sock, path, made.st_dev, made.st_ino)
+        self._listening.append(listening)
+        return listening
+
+    def close(self) -> None:
+        """Removes our sockets and gives the directory up.
+
+        The lock file stays: removing one races with the next daemon that opens it.
+        """
+        if self._lock_fd < 0:
+            return
+        for listening in self._listening:
+            listening.sock.close()
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(listening.path)
+                if (found.st_dev, found.st_ino) == (listening.device, listening.inode):
+                    os.unlink(listening.path)
+        self._listening.clear()
+        os.ftruncate(self._lock_fd, 0)
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+
+def _check_directory(path: Path) -> None:
+    """Creates the directory or checks that it is ours alone."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_symlink():
+            raise SocketPathError(path, "is a symbolic link") from error
+        raise SocketPathError(path, error.strerror or str(error)) from error
+    try:
+        found = os.fstat(fd)
+    finally:
+        os.close(fd)
+    if found.st_uid != os.geteuid():
+        raise SocketPathError(path, f"belongs to user {found.st_uid}, not to us")
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077:
+        raise SocketPathError(path, f"is open to others (mode {mode:04o}); run: chmod 700 {path}")
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock file, in which our pid and start now stand."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise SocketPathError(path, error.strerror or str(error)) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = dict(
+            line.split("=", 1)
+            for line in os.pread(fd, 4096, 0).decode("ascii", "replace").splitlines()
+            if "=" in line
+        )
+        os.close(fd)
+        pid = holder.get("pid", "")
+        raise AlreadyRunning(
+            int(pid) if pid.isdecimal() else 0, path, holder.get("started", "")
+        ) from None
+    except OSError as error:
+        os.close(fd)
+        raise SocketPathError(path, error.strerror or str(error)) from error
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"pid={os.getpid()}\nstarted={started}\n".encode(), 0)
+    return fd
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes a socket of ours nobody listens on; anything else that lies there is refused."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise SocketPathError(path, "is not a socket; it is left as it is")
+    if found.st_uid != os.geteuid():
+        raise SocketPathError(path, f"is a socket of user {found.st_uid}; it is left as it is")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            # EAGAIN: somebody listens, and has a full queue.
+            pass
+    raise SocketPathError(path, "is the socket of another program that listens on it")
+
+
+# ------------------------------------------------------------------------------------- descriptors
+
+
+def raise_descriptor_limit(wanted: int) -> int:
+    """Raises the soft limit of open files towards ``wanted``; what it is then.
+
+    The usual soft limit of 1,024 is for programs that use `select`; it could not hold the
+    connections the daemon allows.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return soft
+
+
+def open_descriptors() -> int:
+    """Descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+@dataclass(slots=True)
+class DescriptorGuard:
+    """Says when to stop accepting: from half of the limit on, until a quarter is left.
+
+    The gap between half and all is for what libzmq accepts before the event loop hears of it.
+    """
+
+    limit: int
+    accepting: bool = True
+
+    @property
+    def backlog(self) -> int:
+        """How many connections the kernel may queue: few enough to all be accepted in that gap."""
+        return max(8, min(128, self.limit // 8))
+
+    def update(self, open_now: int) -> bool:
+        """Notes how many descriptors are open; whether to accept."""
+        if self.accepting:
+            self.accepting = open_now < self.limit // 2
+        else:
+            self.accepting = open_now <= self.limit // 4
+        return self.accepting

@@ -1,0 +1,476 @@
+"""What a client may ask: one frozen model per verb of docs/protocol.md, section 4.
+
+Models are made by `pagedd_daemon.front.wire` alone, from maps whose ``null`` fields are already
+left out. They are strict (no coercion but int to float) and know every limit of section 7: the
+`Limits` to apply come as validation context.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from pagedd_daemon.front.limits import DEFAULT_LIMITS, Limits
+
+MAX_TOKEN_ID = 2**31 - 1
+MAX_COUNT = 2**31 - 1
+"""Counts of tokens beyond this mean "as many as the context holds" anyway."""
+
+
+# ------------------------------------------------------------------------------------- validators
+
+
+def over_limit(name: str, value: int, at_most: int) -> PydanticCustomError:
+    """Becomes ``E_LIMIT`` where the error is translated."""
+    return PydanticCustomError(
+        "limit",
+        "is over the limit {limit} of {max}",
+        {"limit": name, "value": value, "max": at_most},
+    )
+
+
+def wrong(reason: str, field: str = "") -> PydanticCustomError:
+    """Becomes ``E_FIELD``. ``reason`` must not hold what the client sent.
+
+    ``field`` is named by those who check a whole model; pydantic knows the others.
+    """
+    return PydanticCustomError("field", "{reason}", {"reason": reason, "field": field})
+
+
+def _limits(info: ValidationInfo) -> Limits:
+    limits = (info.context or {}).get("limits", DEFAULT_LIMITS)
+    assert isinstance(limits, Limits)
+    return limits
+
+
+def _at_most(name: str, value: int, info: ValidationInfo) -> None:
+    at_most: int = getattr(_limits(info), name)
+    if value > at_most:
+        raise over_limit(name, value, at_most)
+
+
+_PRINTABLE = re.compile(r"[ -~]+")
+_APP = re.compile(r"[A-Za-z0-9._-]+")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _id(value: str, info: ValidationInfo) -> str:
+    if _PRINTABLE.fullmatch(value) is None:
+        raise wrong("must be printable ASCII, at least one character")
+    _at_most("id_chars", len(value), info)
+    return value
+
+
+def _app(value: str, info: ValidationInfo) -> str:
+    if _APP.fullmatch(value) is None:
+        raise wrong("must be made of A-Z a-z 0-9 . _ -, at least one character")
+    _at_most("app_chars", len(value), info)
+    return value
+
+
+def _token_bytes(value: bytes) -> bytes:
+    if len(value) % 4:
+        raise wrong(f"must be packed int32: {len(value)} bytes are no multiple of 4")
+    # The top byte of each little-endian id: `isascii` tells in C whether a sign bit is set.
+    if not value[3::4].isascii():
+        raise wrong("holds a negative token id")
+    return value
+
+
+def _some_tokens(value: bytes) -> bytes:
+    if not value:
+        raise wrong("holds no token id")
+    return value
+
+
+def _some_text(value: str) -> str:
+    if not value:
+        raise wrong("is empty")
+    return value
+
+
+def _samples(value: int, info: ValidationInfo) -> int:
+    _at_most("samples", value, info)
+    return value
+
+
+def _logprobs(value: int, info: ValidationInfo) -> int:
+    _at_most("logprobs", value, info)
+    return value
+
+
+def _stop(value: list[str], info: ValidationInfo) -> list[str]:
+    _at_most("stop_strings", len(value), info)
+    for text in value:
+        if not text:
+            raise wrong("holds an empty string")
+        _at_most("stop_string_bytes", len(text.encode()), info)
+    return value
+
+
+def _stop_token_ids(value: list[int], info: ValidationInfo) -> list[int]:
+    _at_most("stop_token_ids", len(value), info)
+    return value
+
+
+def _logit_bias(value: dict[int, float], info: ValidationInfo) -> dict[int, float]:
+    _at_most("logit_bias", len(value), info)
+    return value
+
+
+def seconds(value: object) -> float:
+    """A ``keep_alive`` in seconds: a number of seconds or a duration like ``"1h30m"``.
+
+    Returns:
+        0 and more; ``inf`` for a negative one, which means for ever.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong("must be a number of seconds or a duration like 5m")
+    if isinstance(value, str):
+        text = value.strip()
+        negative = text.startswith("-")
+        text = text[1:] if negative else text
+        # The longest of any use has about a dozen characters; a bound keeps `float` cheap.
+        if len(text) > 64 or not text.isascii():
+            raise wrong("is no duration like 5m or 1h30m")
+        parts = _DURATION.findall(text)
+        if parts and "".join(number + unit for number, unit in parts) == text:
+            value = sum(float(number) * _UNIT_S[unit] for number, unit in parts)
+        elif re.fullmatch(r"\d+(\.\d+)?", text):
+            value = float(text)
+        else:
+            raise wrong("is no duration like 5m or 1h30m")
+        value = -1.0 if negative and value else value
+    if not math.isfinite(value):
+        raise wrong("must be finite; a negative one means for ever")
+    return math.inf if value < 0 else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Refuses, at any depth, what has no JSON form: templates are written for JSON values."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            todo.extend(item.values())
+        elif isinstance(item, list):
+            todo.extend(item)
+        elif isinstance(item, bytes):
+            raise wrong("holds a binary, which has no place in a template")
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise wrong("holds a number that is not finite")
+    return value
+
+
+def _messages(value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
+    _at_most("messages", len(value), info)
+    for message in value:
+        if not isinstance(message.get("role"), str) or not message["role"]:
+            raise wrong("holds a message without a role")
+        content = message.get("content")
+        # A turn that only calls tools has no text of its own.
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise wrong("holds a message without content")
+    _plain(value)
+    return value
+
+
+def _some_messages(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not value:
+        raise wrong("holds no message")
+    return value
+
+
+def _tools(value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
+    _at_most("tools", len(value), info)
+    _plain(value)
+    return value
+
+
+Text = Annotated[str, AfterValidator(_some_text)]
+Tokens = Annotated[bytes, AfterValidator(_token_bytes)]
+SomeTokens = Annotated[Tokens, AfterValidator(_some_tokens)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+KeepAlive = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(seconds)]
+Samples = Annotated[int, Field(ge=1), AfterValidator(_samples)]
+Messages = Annotated[list[dict[str, Any]], AfterValidator(_messages)]
+SomeMessages = Annotated[Messages, AfterValidator(_some_messages)]
+Tools = Annotated[list[dict[str, Any]], AfterValidator(_tools)]
+TemplateArgs = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+class Request(BaseModel):
+    """What every request has."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        # "model" is a field of the protocol; nothing of ours starts with "model_".
+        protected_namespaces=(),
+    )
+
+    verb: ClassVar[str]
+
+    id: Annotated[str, AfterValidator(_id)]
+
+
+class Hello(Request):
+    """Opens a connection."""
+
+    verb = "hello"
+
+    app: Annotated[str, AfterValidator(_app)]
+    priority: Annotated[str, Field(pattern=r"^(interactive|normal|background)$")] = "normal"
+    client: Annotated[str, Field(max_length=64)] = ""
+
+
+class Generation(Request):
+    """What all verbs that generate share."""
+
+    model: Name | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 256
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
+    ignore_eos: bool = False
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.8
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 40
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_logit_bias)
+    ] = Field(default_factory=dict)
+    stop: Annotated[list[str], AfterValidator(_stop)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[TokenId], AfterValidator(_stop_token_ids)] = Field(
+        default_factory=list
+    )
+    logprobs: Annotated[int, Field(ge=0), AfterValidator(_logprobs)] | None = None
+    keep_alive: KeepAlive | None = None
+    """Seconds, ``inf`` for ever, None: the daemon's."""
+    deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    after: Annotated[int, Field(ge=-1)] = -1
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of `pagedd_daemon.params.SamplingParams`.
+
+        Draws a seed where the client gave none, so call it once per request.
+        """
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "typical_p": self.typical_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "logit_bias": dict(self.logit_bias),
+            "logprobs": -1 if self.logprobs is None else self.logprobs,
+        }
+
+    def stopping(self) -> dict[str, Any]:
+        """Fields of `pagedd_daemon.params.StopParams`."""
+        return {
+            "max_tokens": self.max_tokens,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+            "stop_token_ids": tuple(self.stop_token_ids),
+        }
+
+
+class Generate(Generation):
+    """Continues a text or token ids."""
+
+    verb = "generate"
+
+    prompt: Text | None = None
+    tokens: SomeTokens | None = None
+    n: Samples = 1
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Generate:
+        if (self.prompt is None) == (self.tokens is None):
+            raise wrong("exactly one of prompt and tokens must be given", "prompt")
+        return self
+
+
+class Chat(Generation):
+    """Answers a conversation the client keeps."""
+
+    verb = "chat"
+
+    messages: SomeMessages
+    tools: Tools = Field(default_factory=list)
+    template_args: TemplateArgs = Field(default_factory=dict)
+    n: Samples = 1
+
+
+class SessionOpen(Request):
+    """Opens a conversation the daemon keeps."""
+
+    verb = "session.open"
+
+    system: str | None = None
+    tools: Tools = Field(default_factory=list)
+    template_args: TemplateArgs = Field(default_factory=dict)
+    messages: Messages = Field(default_factory=list)
+
+
+class SessionSay(Generation):
+    """The next turn of a session; always one sample."""
+
+    verb = "session.say"
+
+    n: ClassVar[int] = 1
+
+    session: Name
+    content: str
+    role: Annotated[str, Field(min_length=1, max_length=64)] = "user"
+
+
+class SessionFork(Request):
+    """A second session with the same history."""
+
+    verb = "session.fork"
+
+    session: Name
+
+
+class SessionClose(Request):
+    """Ends a session."""
+
+    verb = "session.close"
+
+    session: Name
+
+
+class Tokenize(Request):
+    """Text to token ids."""
+
+    verb = "tokenize"
+
+    text: str
+    special: bool = False
+    bos: bool = True
+
+
+class Detokenize(Request):
+    """Token ids to text."""
+
+    verb = "detokenize"
+
+    tokens: Tokens
+
+
+class Models(Request):
+    """Lists the models."""
+
+    verb = "models"
+
+
+class Load(Request):
+    """Loads a model."""
+
+    verb = "load"
+
+    model: Name | None = None
+    keep_alive: KeepAlive | None = None
+
+
+class Unload(Request):
+    """Unloads the model."""
+
+    verb = "unload"
+
+
+class Bye(Request):
+    """Ends the connection."""
+
+    verb = "bye"
+
+
+class Cancel(Request):
+    """Ends requests: one by the connection's token, or those of an app, or all of the user."""
+
+    verb = "cancel"
+
+    token: Annotated[bytes, Field(min_length=16, max_length=16)] | None = None
+    target: Annotated[str, AfterValidator(_id)] | None = None
+    app: Annotated[str, AfterValidator(_app)] | None = None
+    all: bool = False
+
+    @model_validator(mode="after")
+    def _one_scope(self) -> Cancel:
+        if (self.token is not None) + (self.app is not None) + self.all != 1:
+            raise wrong("exactly one of token, app and all must be given", "token")
+        if self.token is not None and self.target is None:
+            raise wrong("must be given with token", "target")
+        return self
+
+
+class Status(Request):
+    """How the daemon is."""
+
+    verb = "status"
+
+
+class Stats(Request):
+    """Counters since start."""
+
+    verb = "stats"
+
+
+class Ping(Request):
+    """Whether the daemon makes progress."""
+
+    verb = "ping"
+
+
+class Shutdown(Request):
+    """Ends the daemon."""
+
+    verb = "shutdown"
+
+    drain: bool = True
+
+
+DataRequest = (
+    Generate
+    | Chat
+    | SessionOpen
+    | SessionSay
+    | SessionFork
+    | SessionClose
+    | Tokenize
+    | Detokenize
+    | Models
+    | Load
+    | Unload
+)
+"""What the service answers on the data socket; the transport itself answers `Hello` and `Bye`."""
+
+ControlRequest = Cancel | Status | Stats | Ping | Shutdown

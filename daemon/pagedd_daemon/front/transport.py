@@ -1,0 +1,507 @@
+"""The two ROUTER sockets: who is connected, what arrives, and what waits for whom.
+
+Everything happens in the event loop's thread, and nothing here ever waits for a client. A message
+costs one `decode` and one call of the service; events of one turn of the loop leave as one message
+per client. What a client does not take stays here, in order, up to a byte budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from pagedd_daemon.front import requests as r
+from pagedd_daemon.front import wire
+from pagedd_daemon.front.auth import ZAP_ENDPOINT, Authenticator, Credentials, self_test
+from pagedd_daemon.front.errors import WireError, limit_error
+from pagedd_daemon.front.limits import Limits, as_map
+from pagedd_daemon.front.listener import (
+    CONTROL_NAME,
+    DATA_NAME,
+    DescriptorGuard,
+    SocketDirectory,
+    open_descriptors,
+    raise_descriptor_limit,
+)
+from pagedd_daemon.front.ports import Connection, Event, Service
+from pagedd_daemon.front.router import Router, refuse_identity
+from pagedd_daemon.front.zmqloop import Watched
+
+log = logging.getLogger(__name__)
+
+_BATCH = 64
+"""Connections decided on before the loop may do something else."""
+_MESSAGE_BYTES = 64 * 1024
+"""Events that waited are joined up to this size."""
+_RETRY_S, _RETRY_MOST_S = 0.01, 1.0
+"""While a client's queue is full: how soon to try again, doubled each time it is still full."""
+_GUARD_S = 1.0
+"""While nobody is accepted: how often the descriptors are counted."""
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """What the transport keeps of a connection."""
+
+    connection: Connection
+    route: bytes
+    fd: int
+    """Descriptor of libzmq's, by which its monitor names the connection."""
+    waiting: deque[bytes] = field(default_factory=deque)
+    """Packed events, oldest first."""
+    bytes: int = 0
+    """Of ``waiting``."""
+    queued: bool = False
+    """It is among those to be flushed."""
+    open: bool = True
+
+
+class ZmqTransport:
+    """Implements `pagedd_daemon.front.ports.Transport`."""
+
+    def __init__(self, socket_dir: Path, limits: Limits, service: Service) -> None:
+        self._path = socket_dir
+        self._limits = limits
+        self._service = service
+        self._authenticator = Authenticator()
+        self._peers: dict[bytes, _Peer] = {}
+        """By routing id."""
+        self._by_number: dict[int, _Peer] = {}
+        self._by_token: dict[bytes, _Peer] = {}
+        self._by_fd: dict[int, _Peer] = {}
+        self._by_pid: dict[int, tuple[int, set[_Peer]]] = {}
+        """Process -> its pidfd and connections."""
+        self._live_fds: set[int] = set()
+        self._last_number = 0
+        self._dirty: list[_Peer] = []
+        self._blocked: dict[_Peer, None] = {}
+        """Peers whose queue in libzmq is full, longest first."""
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._retry_s = _RETRY_S
+        self._flush_scheduled = False
+        self._drained: asyncio.Event | None = None
+        """Set when nothing waits any more, while stopping."""
+        self._stopping = False
+        self._guard_timer: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------------------------ start and stop
+
+    async def start(self) -> None:
+        """Takes the socket directory and serves.
+
+        Raises:
+            AlreadyRunning: Another daemon holds the directory.
+            SocketPathError: The directory, or what lies in it, cannot be used.
+            AuthenticationBroken: A connection that must be refused was let in.
+        """
+        self._loop = loop = asyncio.get_running_loop()
+        self._directory = SocketDirectory(self._path)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # A connection, a control connection and a pidfd each, and twice that for the guard.
+        wanted = 2 * (3 * self._limits.connections + 256)
+        self._guard = DescriptorGuard(raise_descriptor_limit(wanted))
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.set(zmq.LINGER, 0)
+        self._zap.bind(ZAP_ENDPOINT)
+        self._watched_zap = Watched(loop, self._zap, self._authenticate)
+        self._servers: list[Router] = []
+        try:
+            backlog = self._guard.backlog
+            self._data = Router(
+                self._context,
+                loop,
+                self._directory.listen(DATA_NAME, backlog),
+                self._limits,
+                message=self._data_message,
+                events=self._data_events,
+                signalled=self._retry,
+            )
+            self._servers.append(self._data)
+            self._control = Router(
+                self._context,
+                loop,
+                self._directory.listen(CONTROL_NAME, backlog),
+                self._limits,
+                message=self._control_message,
+                events=self._control_events,
+            )
+            self._servers.append(self._control)
+            for server in self._servers:
+                server.bind()
+            for name in (DATA_NAME, CONTROL_NAME):
+                endpoint = f"ipc://{self._path / name}"
+                await self_test(self._authenticator, endpoint, self._limits.handshake_ms / 1000)
+        except BaseException:
+            await self._close(0.0)
+            raise
+
+    async def stop(self, flush_s: float) -> None:
+        """Stops accepting, gives clients ``flush_s`` to take what waits for them, and closes."""
+        end = self._loop.time() + flush_s
+        self._stopping = True
+        for server in self._servers:
+            server.unbind()
+        self.flush()
+        if self._blocked:
+            self._drained = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), flush_s)
+        await self._close(max(0.0, end - self._loop.time()))
+
+    async def _close(self, linger_s: float) -> None:
+        self._stopping = True
+        for timer in (self._guard_timer, self._retry_timer):
+            if timer is not None:
+                timer.cancel()
+        self._blocked.clear()
+        self._dirty.clear()
+        self._by_number.clear()
+        for pidfd, _ in self._by_pid.values():
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+        self._by_pid.clear()
+        for server in self._servers:
+            server.close(int(linger_s * 1000))
+        self._watched_zap.close()
+        self._zap.close(linger=0)
+        # Waits for what lingers, so not in the loop's thread.
+        await self._loop.run_in_executor(None, self._context.term)
+        self._directory.close()
+
+    # ---------------------------------------------------------------------------------- for service
+
+    def send(self, connection: Connection, event: Event) -> None:
+        """Queue an event. Events queued in one turn of the event loop travel as one message.
+
+        An event for a connection that is closed is dropped.
+        """
+        peer = self._by_number.get(connection.number)
+        if peer is not None:
+            self._queue(peer, wire.pack_event(event))
+
+    def flush(self) -> None:
+        """Send now what is queued, without waiting for the end of the turn."""
+        self._flush_scheduled = False
+        dirty, self._dirty = self._dirty, []
+        for peer in dirty:
+            peer.queued = False
+            self._push(peer)
+        if self._blocked:
+            self._retry()
+        self._data.check()
+
+    def backlog_bytes(self, connection: Connection) -> int:
+        """Bytes that wait for this peer."""
+        peer = self._by_number.get(connection.number)
+        return 0 if peer is None else peer.bytes
+
+    # -------------------------------------------------------------------------------------- sending
+
+    def _queue(self, peer: _Peer, packed: bytes) -> None:
+        peer.waiting.append(packed)
+        peer.bytes += len(packed)
+        if not peer.queued:
+            peer.queued = True
+            self._dirty.append(peer)
+            if not self._flush_scheduled:
+                self._flush_scheduled = True
+                self._loop.call_soon(self._flush_at_end_of_turn)
+
+    def _flush_at_end_of_turn(self) -> None:
+        if self._flush_scheduled:
+            self.flush()
+
+    def _push(self, peer: _Peer) -> None:
+        """Sends what waits for a peer, as far as it takes it."""
+        waiting = peer.waiting
+        while waiting:
+            try:
+                self._data.address(peer.route)
+            except zmq.Again:
+                self._blocked[peer] = None
+                self._arm_retry()
+                break
+            except zmq.ZMQError as error:
+                # EHOSTUNREACH: libzmq knows no such peer any more.
+                log.debug("connection %d: %s", peer.connection.number, error)
+                self._drop(peer)
+                break
+            count, size = _batch(waiting)
+            self._data.body(wire.join_events([waiting.popleft() for _ in range(count)]))
+            peer.bytes -= size
+        if not waiting:
+            self._unblock(peer)
+        if peer.open:
+            self._judge(peer)
+
+    def _unblock(self, peer: _Peer) -> None:
+        self._blocked.pop(peer, None)
+        if not self._blocked and self._drained is not None:
+            self._drained.set()
+
+    def _judge(self, peer: _Peer) -> None:
+        """Tells the service when a peer falls behind or has caught up."""
+        connection, budget = peer.connection, self._limits.output_bytes_per_connection
+        if not connection.lagging and peer.bytes > budget:
+            connection.lagging = True
+            self._tell(self._service.lagging, connection, True)
+        elif connection.lagging and peer.bytes < budget // 2:
+            connection.lagging = False
+            self._tell(self._service.lagging, connection, False)
+        # Its streams are paused and new requests refused, so only results of requests that were
+        # accepted before still come. Beyond this it is one that asks and never reads.
+        if peer.open and peer.bytes > budget + 2 * self._limits.frame_bytes:
+            log.warning(
+                "connection %d (%s) closed: %d bytes wait for it",
+                connection.number,
+                connection.app,
+                peer.bytes,
+            )
+            self._drop(peer)
+
+    def _retry(self) -> None:
+        """Tries the peers whose queue was full.
+
+        libzmq signals its descriptor when a peer has room again, and then this is called. But a
+        send to another peer may consume that signal, so this is called after each flush as well,
+        and by a timer while anybody waits.
+        """
+        for peer in list(self._blocked):
+            before = peer.bytes
+            self._push(peer)
+            if peer.bytes != before:
+                self._retry_s = _RETRY_S
+
+    def _arm_retry(self) -> None:
+        if self._retry_timer is None:
+            self._retry_timer = self._loop.call_later(self._retry_s, self._retry_on_time)
+
+    def _retry_on_time(self) -> None:
+        self._retry_timer = None
+        self._retry_s = min(2 * self._retry_s, _RETRY_MOST_S)
+        self._retry()
+        self._data.check()
+        if not self._blocked:
+            self._retry_s = _RETRY_S
+
+    # ----------------------------------------------------------------------------- data connections
+
+    def _data_message(self, route: bytes, user: Credentials, frames: list[zmq.Frame]) -> None:
+        peer = self._peers.get(route)
+        id = ""
+        try:
+            message = wire.decode([frame.bytes for frame in frames], self._limits)
+            request = wire.parse_data(message, self._limits)
+            id = request.id
+            if isinstance(request, r.Hello):
+                self._hello(route, user, frames[-1], request)
+            elif peer is None:
+                raise WireError("E_HELLO", "the first message must be hello")
+            elif isinstance(request, r.Bye):
+                self._queue(peer, wire.pack_event(_result(id, {})))
+                self._push(peer)
+                self._drop(peer)
+            elif peer.connection.lagging:
+                raise WireError(
+                    "E_SLOW",
+                    "too much waits to be read on this connection",
+                    details={"backlog_bytes": peer.bytes},
+                )
+            else:
+                self._service.request(peer.connection, request)
+        except Exception as error:
+            event = _error(error).as_event(id or getattr(error, "id", ""), 0)
+            if peer is not None and peer.open:
+                self._queue(peer, wire.pack_event(event))
+            else:
+                self._data.answer(route, event)
+
+    def _hello(self, route: bytes, user: Credentials, frame: zmq.Frame, hello: r.Hello) -> None:
+        if route in self._peers:
+            raise WireError("E_HELLO", "this connection has said hello already")
+        refuse_identity(frame)
+        # What libzmq says of a connection precedes its messages; so is it gone already?
+        self._data.drain_monitor()
+        fd = int(frame.get(zmq.SRCFD))
+        if fd not in self._live_fds:
+            return
+        if len(self._peers) >= self._limits.connections:
+            raise limit_error("connections", len(self._peers) + 1, self._limits.connections)
+        self._last_number += 1
+        connection = Connection(
+            number=self._last_number,
+            token=secrets.token_bytes(16),
+            uid=user.uid,
+            pid=user.pid,
+            app=hello.app,
+            priority=hello.priority,
+            client=hello.client,
+        )
+        fields = {
+            "token": connection.token,
+            "pid": os.getpid(),
+            "limits": as_map(self._limits),
+            **self._service.opened(connection),
+        }
+        peer = _Peer(connection, route, fd)
+        self._peers[route] = peer
+        self._by_number[connection.number] = peer
+        self._by_token[connection.token] = peer
+        self._by_fd[fd] = peer
+        self._queue(peer, wire.pack_event(_result(hello.id, fields)))
+        self._watch_process(peer)
+
+    def _drop(self, peer: _Peer) -> None:
+        """Forgets a peer and tells the service, once."""
+        if not peer.open:
+            return
+        peer.open = False
+        connection = peer.connection
+        peer.waiting.clear()
+        peer.bytes = 0
+        self._unblock(peer)
+        del self._peers[peer.route]
+        del self._by_number[connection.number]
+        del self._by_token[connection.token]
+        self._by_fd.pop(peer.fd, None)
+        watched = self._by_pid.get(connection.pid)
+        if watched is not None:
+            watched[1].discard(peer)
+            if not watched[1]:
+                self._unwatch_process(connection.pid)
+        self._tell(self._service.closed, connection)
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        """Calls the service; a defect of its must not keep other clients from being served."""
+        try:
+            what(*arguments)
+        except Exception:
+            log.exception("the service failed")
+
+    def _data_events(self, events: list[tuple[int, int]]) -> None:
+        for event, fd in events:
+            if event == zmq.EVENT_ACCEPTED:
+                self._live_fds.add(fd)
+            else:
+                self._live_fds.discard(fd)
+                peer = self._by_fd.get(fd)
+                if peer is not None:
+                    self._drop(peer)
+        self._count_descriptors()
+
+    def _watch_process(self, peer: _Peer) -> None:
+        """Has the kernel tell when the peer's process ends.
+
+        Its connection may outlive it: a child that it left behind may have inherited the socket.
+        """
+        pid = peer.connection.pid
+        if pid not in self._by_pid:
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._drop(peer)
+                return
+            except (AttributeError, OSError):
+                # An old kernel, or a process we cannot see: the end of the connection must do.
+                return
+            self._by_pid[pid] = (pidfd, set())
+            self._loop.add_reader(pidfd, self._process_ended, pid)
+        self._by_pid[pid][1].add(peer)
+
+    def _process_ended(self, pid: int) -> None:
+        for peer in list(self._by_pid[pid][1]):
+            self._drop(peer)
+
+    def _unwatch_process(self, pid: int) -> None:
+        pidfd, _ = self._by_pid.pop(pid)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+    # -------------------------------------------------------------------------------------- control
+
+    def _control_message(self, route: bytes, user: Credentials, frames: list[zmq.Frame]) -> None:
+        def reply(event: Event) -> None:
+            self._control.answer(route, event)
+
+        id = ""
+        try:
+            refuse_identity(frames[-1])
+            message = wire.decode([frame.bytes for frame in frames], self._limits)
+            request = wire.parse_control(message, self._limits)
+            id = request.id
+            connection: Connection | None = None
+            if isinstance(request, r.Cancel) and request.token is not None:
+                peer = self._by_token.get(request.token)
+                if peer is None or peer.connection.uid != user.uid:
+                    raise WireError("E_TOKEN", "no connection has this token")
+                connection = peer.connection
+            self._service.control(user.uid, request, connection, reply)
+        except Exception as error:
+            reply(_error(error).as_event(id or getattr(error, "id", ""), 0))
+
+    def _control_events(self, events: list[tuple[int, int]]) -> None:
+        self._count_descriptors()
+
+    # ---------------------------------------------------------------------------------- all of them
+
+    def _authenticate(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                request = self._zap.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._zap.send_multipart(self._authenticator.answer(request), zmq.DONTWAIT)
+
+    def _count_descriptors(self) -> None:
+        """Stops accepting before the descriptors run out, and starts again when there is room."""
+        if self._stopping:
+            return
+        before, count = self._guard.accepting, open_descriptors()
+        accepting = self._guard.update(count)
+        if before and not accepting:
+            log.warning("%d of %d descriptors are open: new clients wait", count, self._guard.limit)
+            for server in self._servers:
+                server.unbind()
+        elif accepting and not before:
+            log.warning("%d descriptors are open: new clients are served again", count)
+            for server in self._servers:
+                server.bind()
+        if not accepting and self._guard_timer is None:
+            self._guard_timer = self._loop.call_later(_GUARD_S, self._count_again)
+
+    def _count_again(self) -> None:
+        self._guard_timer = None
+        self._count_descriptors()
+
+
+def _batch(waiting: deque[bytes]) -> tuple[int, int]:
+    """How many of the oldest events make one message, at least one, and their bytes."""
+    count = size = 0
+    for packed in waiting:
+        if count and size + len(packed) > _MESSAGE_BYTES:
+            break
+        count += 1
+        size += len(packed)
+    return count, size
+
+
+def _result(id: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"id": id, "seq": 0, "type": "result", **fields}
+
+
+def _error(error: Exception) -> WireError:
+    """What to answer for an exception: anything but a `WireError` is a defect, and logged."""
+    if isinstance(error, WireError):
+        return error
+    log.error("a request failed", exc_info=error)
+    return WireError("E_INTERNAL", f"a defect of the daemon ({type(error).__name__})")
