@@ -274,7 +274,7 @@ class AsyncStream:
 
     def close(self) -> None:
         """Cancel it if it is not over, and read no more of it."""
-        if not self._call.over:
+        if self._call.wanted:
             self._hub.cancel(self._call, abandon=True)
         if self._assembly.completion is None and self._error is None:
             self._error = PageddError("the stream was closed before its end")
@@ -318,7 +318,7 @@ class AsyncStream:
         self.close()
 
     def __del__(self) -> None:
-        if not self._call.over:
+        if self._call.wanted:
             self._hub.orphan(self._call)
 
 

@@ -67,6 +67,11 @@ class Call:
         """Whether there is something to read."""
         return bool(self.events) or self.over
 
+    @property
+    def wanted(self) -> bool:
+        """Whether it goes on and somebody reads it."""
+        return not (self.over or self.abandoned)
+
     def take(self) -> Event:
         """The next event.
 
@@ -160,7 +165,7 @@ class Core:
             ProtocolViolation: It is none the protocol allows. The connection is of no more use.
         """
         try:
-            message = msgpack.unpackb(frame, max_buffer_size=MAX_FRAME_BYTES)
+            message = msgpack.unpackb(frame)
             if message["v"] != PROTOCOL:
                 raise ProtocolViolation(
                     f"the daemon speaks protocol {message['v']!r}, this client {PROTOCOL}: "

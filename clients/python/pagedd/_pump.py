@@ -78,6 +78,8 @@ class Pump:
 
     def cancel(self, call: Call, *, abandon: bool) -> None:
         """End a stream; ``abandon`` if nobody reads what still comes."""
+        if abandon and os.getpid() != self._pid:
+            return  # the stream is the parent's
         self._check_process()
         with self._changed:
             if abandon:
@@ -88,7 +90,7 @@ class Pump:
     def orphan(self, call: Call) -> None:
         """`cancel` from a finaliser: it may run anywhere, even inside this class, so it never
         waits for the mutex; whoever holds it looks after the orphans."""
-        if os.getpid() != self._pid or call.over:
+        if os.getpid() != self._pid:
             return
         self._orphans.append(call)
         if self._changed.acquire(blocking=False):

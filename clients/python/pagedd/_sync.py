@@ -296,7 +296,7 @@ class Stream:
 
     def close(self) -> None:
         """Cancel it if it is not over, and read no more of it."""
-        if not self._call.over:
+        if self._call.wanted:
             self._pump.cancel(self._call, abandon=True)
         if self._assembly.completion is None and self._error is None:
             self._error = PageddError("the stream was closed before its end")
@@ -342,7 +342,7 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if not self._call.over:
+        if self._call.wanted:
             self._pump.orphan(self._call)
 
 
