@@ -1,0 +1,466 @@
+"""The front's side of the helper processes: tokenising and chat templates, awaited.
+
+Every process answers one request at a time, so whatever a request does to its process it does to
+nobody else. One process more than ``workers`` is running, and a request that takes long gets
+another one started beside it: others do not wait for it. Opening a model opens it everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
+from pagedd_daemon.front.helper_process import (
+    HelperDiedError,
+    HelperError,
+    HelperProcess,
+    start_helper,
+)
+from pagedd_daemon.helper.protocol import SIMULATED, SIMULATED_IDS, HelperLimits
+from pagedd_daemon.link import frame
+
+__all__ = ["ChatPrompt", "HelperError", "HelperLimits", "HelperPool", "ModelText"]
+
+_KEPT_MODELS = 2
+"""Models a process keeps open: the one that serves, and the one that is about to."""
+_EXTRA = 2
+"""Processes started beside slow ones, at most."""
+_HEAVY_BYTES = 64 * 1024
+"""A larger request never takes the last free process."""
+
+_Queue = deque[asyncio.Future[HelperProcess]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelText:
+    """What the front needs of a model's vocabulary."""
+
+    source: str
+    """Absolute path, ``simulated`` or ``simulated-ids``."""
+    digest: bytes
+    """32 bytes, of the file."""
+    vocab_size: int
+    bos: int
+    """-1: none."""
+    eos: int
+    """-1: none."""
+    eog: tuple[int, ...]
+    """Ids that end a generation."""
+    add_bos: bool
+    """The model wants its start token in front of a prompt."""
+    has_tokenizer: bool
+    has_chat_template: bool
+    table: PieceTable | None
+    """None without a tokeniser."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A rendered conversation."""
+
+    tokens: bytes
+    """Packed ids: of the whole text, or of the new part where nothing was rewritten."""
+    text: str
+    """The whole text."""
+    rewritten: bool
+    """The text does not begin with the known text, so ``tokens`` are those of all of it."""
+
+
+class HelperPool:
+    """Helper processes behind awaitable calls. All calls from one event loop."""
+
+    def __init__(self, workers: int = 1, limits: HelperLimits | None = None) -> None:
+        """A pool; `start` starts it.
+
+        Args:
+            workers: Requests it should serve at the same time; one process more is kept ready.
+            limits: Of time and memory.
+        """
+        self._limits = limits or HelperLimits()
+        self._target = workers + 1
+        self._workers: set[HelperProcess] = set()
+        self._idle: list[HelperProcess] = []
+        self._waiting: tuple[_Queue, _Queue] = (deque(), deque())
+        """Requests without a process: light ones and heavy ones."""
+        self._models: dict[str, bytes] = {}  # source to digest, oldest first
+        self._starting = 0
+        self._slow = 0
+        self._failures = 0
+        self._closing = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the helpers that run."""
+        return tuple(w.process.pid for w in self._workers)
+
+    async def start(self) -> None:
+        """Start the processes and wait for the first to answer.
+
+        Raises:
+            HelperError: None does (``E_HELPER``).
+        """
+        self._refill()
+        worker = await self._acquire(heavy=False)
+        self._release(worker)
+
+    async def close(self) -> None:
+        """End all processes. Requests that run fail. Idempotent."""
+        self._closing.set()
+        workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        for queue in self._waiting:
+            for waiter in queue:
+                if not waiter.done():
+                    waiter.set_exception(HelperError("E_HELPER", "the daemon is shutting down"))
+        for worker in workers:
+            await worker.reap()
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    async def open(self, source: str | Path) -> ModelText:
+        """Check a model file and load its vocabulary, in every process.
+
+        Args:
+            source: A file, ``simulated`` or ``simulated-ids``.
+
+        Raises:
+            HelperError: ``E_MODEL`` if the file is refused, ``E_HELPER`` if it takes too long.
+        """
+        name = _absolute(str(source))
+        self._models.pop(name, None)
+        try:
+            raw = await self._shielded(self._perform(["open", name], None))
+        except HelperDiedError as error:
+            raise HelperError(
+                "E_MODEL",
+                f"{name}: its vocabulary could not be read ({error})",
+                {"path": name},
+            ) from error
+        self._models[name] = raw["digest"]
+        while len(self._models) > _KEPT_MODELS:
+            del self._models[next(iter(self._models))]
+        others = [w for w in self._idle if name not in w.models]
+        await asyncio.gather(*(self._shielded(self._warm(worker)) for worker in others))
+        table = None
+        if raw["has_tokenizer"]:
+            table = PieceTable.from_wire(
+                raw["lengths"], raw["pieces"], space_prefix=raw["space_prefix"]
+            )
+        return ModelText(
+            source=name,
+            digest=raw["digest"],
+            vocab_size=raw["vocab_size"],
+            bos=raw["bos"],
+            eos=raw["eos"],
+            eog=tuple(unpack_ids(raw["eog"])),
+            add_bos=raw["add_bos"],
+            has_tokenizer=raw["has_tokenizer"],
+            has_chat_template=raw["has_chat_template"],
+            table=table,
+        )
+
+    async def tokenize(
+        self, model: ModelText, text: str, *, special: bool = False, bos: bool = True
+    ) -> bytes:
+        """Packed ids of a text.
+
+        Args:
+            model: From `open`.
+            text: Any text.
+            special: Spellings of special tokens stand for these tokens.
+            bos: Put the model's start token in front, where it wants one.
+
+        Raises:
+            HelperError: ``E_NO_TOKENIZER``, ``E_HELPER``, or ``E_MODEL`` if the file has changed.
+        """
+        ids = await self._request(model, ["tokenize", model.source, text, special, bos])
+        assert isinstance(ids, bytes)
+        return ids
+
+    async def chat(
+        self,
+        model: ModelText,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_args: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        bos: bool = True,
+        known_text: str | None = None,
+    ) -> ChatPrompt:
+        """Render a conversation with the model's template; see `pagedd_daemon.helper.chat`.
+
+        Args:
+            model: From `open`.
+            messages: As the client sent them.
+            tools: As the client sent them.
+            template_args: As the client sent them.
+            add_generation_prompt: Begin the model's turn.
+            bos: Put the model's start token in front, where it wants one.
+            known_text: See `continue_chat`.
+
+        Raises:
+            HelperError: ``E_TEMPLATE``, ``E_NO_TOKENIZER``, ``E_HELPER`` or ``E_MODEL``.
+        """
+        request = [
+            "chat",
+            model.source,
+            list(messages),
+            list(tools) if tools else None,
+            template_args,
+            add_generation_prompt,
+            bos,
+            known_text,
+        ]
+        ids, text, rewritten = await self._request(model, request)
+        return ChatPrompt(ids, text, rewritten)
+
+    async def continue_chat(
+        self,
+        model: ModelText,
+        messages: Sequence[Any],
+        known_text: str,
+        *,
+        tools: Sequence[Any] | None = None,
+        template_args: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        bos: bool = True,
+    ) -> ChatPrompt:
+        """The next turn of a conversation whose token ids are kept.
+
+        Args:
+            model: From `open`.
+            messages: The whole conversation.
+            known_text: The text of the ids that are kept: that of the last prompt, and the reply.
+            tools: As for `chat`.
+            template_args: As for `chat`.
+            add_generation_prompt: As for `chat`.
+            bos: As for `chat`; only where everything is tokenised again.
+
+        Returns:
+            The ids that come after the kept ones, or, where ``rewritten``, all ids.
+
+        Raises:
+            HelperError: As `chat`.
+        """
+        return await self.chat(
+            model,
+            messages,
+            tools=tools,
+            template_args=template_args,
+            add_generation_prompt=add_generation_prompt,
+            bos=bos,
+            known_text=known_text,
+        )
+
+    # ------------------------------------------------------------------------------ one request
+
+    async def _request(self, model: ModelText, request: list[Any]) -> Any:
+        if not model.has_tokenizer:
+            raise HelperError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
+        try:
+            return await self._shielded(self._perform(request, model))
+        except HelperDiedError as error:
+            raise HelperError("E_HELPER", f"tokenising or rendering failed: {error}") from error
+
+    async def _shielded(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run to its end even if the caller gives up: a process must be left in a known state."""
+        if self._closing.is_set():
+            work.close()
+            raise HelperError("E_HELPER", "the daemon is shutting down")
+        return await asyncio.shield(self._task(work))
+
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller may have gone
+
+    async def _perform(self, request: list[Any], model: ModelText | None) -> Any:
+        """A request on a free process; once more if another cause than the request ended it."""
+        body = frame(msgpack.packb(request))
+        for attempt in (1, 2):
+            worker = await self._acquire(heavy=request[0] != "tokenize" or len(body) > _HEAVY_BYTES)
+            try:
+                if model is not None:
+                    await self._ensure_open(worker, model.source, model.digest)
+                return await self._timed(worker, body, request[0])
+            except HelperDiedError as error:
+                if error.culprit or attempt == 2 or self._closing.is_set():
+                    raise
+            finally:
+                if request[0] == "open" and worker.alive:
+                    worker.models[request[1]] = None
+                self._release(worker)
+        raise AssertionError("unreachable")
+
+    async def _timed(self, worker: HelperProcess, body: bytes, operation: str) -> Any:
+        """A call with its time limit; one that is slow makes room for another process."""
+        limits = self._limits
+        seconds = limits.request_s + limits.request_s_per_mib * len(body) / 2**20
+        if operation == "open":
+            seconds = limits.open_s
+        slow: list[bool] = []
+        timer = asyncio.get_running_loop().call_later(limits.slow_s, self._became_slow, slow)
+        try:
+            return await worker.call(body, seconds)
+        finally:
+            timer.cancel()
+            self._slow -= len(slow)
+
+    def _became_slow(self, slow: list[bool]) -> None:
+        slow.append(True)
+        self._slow += 1
+        self._refill()
+
+    async def _ensure_open(self, worker: HelperProcess, source: str, digest: bytes) -> None:
+        """Open a model in a process that does not have it."""
+        if source in worker.models:
+            return
+        body = frame(msgpack.packb(["open", source]))
+        raw = await worker.call(body, self._limits.open_s)
+        worker.models[source] = None
+        if raw["digest"] != digest:
+            raise HelperError(
+                "E_MODEL", f"{source}: the file has changed since it was loaded", {"path": source}
+            )
+        while len(worker.models) > _KEPT_MODELS:
+            oldest = next(iter(worker.models))
+            del worker.models[oldest]
+            await worker.call(frame(msgpack.packb(["close", oldest])), self._limits.request_s)
+
+    async def _opens(self, worker: HelperProcess, source: str, digest: bytes) -> bool:
+        """Whether a model can still be opened as it was."""
+        try:
+            await self._ensure_open(worker, source, digest)
+        except HelperError:
+            return False
+        return True
+
+    async def _warm(self, worker: HelperProcess) -> None:
+        """Open the known models in an idle process, before a request needs them there."""
+        if worker not in self._idle:
+            return
+        self._idle.remove(worker)
+        try:
+            for source, digest in tuple(self._models.items()):
+                await self._ensure_open(worker, source, digest)
+        except (HelperError, HelperDiedError):
+            pass  # the request that needs the model there will say so
+        finally:
+            self._release(worker)
+
+    # ------------------------------------------------------------------------- the set of workers
+
+    async def _acquire(self, *, heavy: bool) -> HelperProcess:
+        """A process to oneself.
+
+        Raises:
+            HelperError: None was free for too long.
+        """
+        waiter: asyncio.Future[HelperProcess] = asyncio.get_running_loop().create_future()
+        self._waiting[heavy].append(waiter)
+        self._dispatch()
+        done, _ = await asyncio.wait((waiter,), timeout=self._limits.queue_s)
+        if not done:
+            waiter.cancel()
+            raise HelperError(
+                "E_HELPER",
+                "no helper process was free",
+                {"seconds": self._limits.queue_s, "processes": len(self._workers)},
+            )
+        return waiter.result()
+
+    def _dispatch(self) -> None:
+        """Hand idle processes to waiting requests, the last one to light requests only."""
+        light, heavy = self._waiting
+        for queue, spare in ((light, 0), (heavy, min(1, max(len(self._workers) - 1, 0)))):
+            while queue and len(self._idle) > spare:
+                waiter = queue.popleft()
+                if not waiter.done():
+                    waiter.set_result(self._idle.pop())
+
+    def _release(self, worker: HelperProcess) -> None:
+        """A request is over: the process is idle again, replaced, or not needed any more."""
+        surplus = len(self._workers) > self._target + min(self._slow, _EXTRA)
+        if worker.alive and not worker.retire and not surplus and not self._closing.is_set():
+            self._idle.append(worker)
+        else:
+            self._task(self._discard(worker))
+        self._dispatch()
+
+    async def _discard(self, worker: HelperProcess) -> None:
+        worker.kill()
+        self._forget(worker)
+        await worker.reap()
+
+    def _forget(self, worker: HelperProcess) -> None:
+        self._workers.discard(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        self._refill()
+
+    def _lost(self, worker: HelperProcess) -> None:
+        """The socket of a process closed. If it serves a request, that one finds out itself."""
+        if worker in self._idle and not self._closing.is_set():
+            self._task(self._discard(worker))
+
+    def _refill(self) -> None:
+        """Start as many processes as there should be."""
+        wanted = self._target + min(self._slow, _EXTRA)
+        while not self._closing.is_set() and len(self._workers) + self._starting < wanted:
+            self._starting += 1
+            self._task(self._spawn())
+
+    async def _spawn(self) -> None:
+        """Start a process and make it ready; if it fails, once more after a while."""
+        worker = None
+        try:
+            if self._failures:
+                delay = min(0.2 * self._failures**2, 10.0)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), delay)
+            if self._closing.is_set():
+                return
+            worker = await start_helper(self._limits, self._lost)
+            await worker.call(frame(msgpack.packb(["ping"])), self._limits.open_s)
+            for source, digest in tuple(self._models.items()):
+                if not await self._opens(worker, source, digest):
+                    self._models.pop(source, None)
+            self._failures = 0
+        except (HelperError, HelperDiedError, OSError):
+            self._failures += 1
+            if worker is not None:
+                worker.kill()
+                await worker.reap()
+                worker = None
+        finally:
+            self._starting -= 1
+        if worker is not None and not self._closing.is_set():
+            self._workers.add(worker)
+            self._release(worker)
+        elif worker is not None:
+            worker.kill()
+            await worker.reap()
+        else:
+            self._refill()
+
+
+def _absolute(source: str) -> str:
+    return source if source in (SIMULATED, SIMULATED_IDS) else os.path.abspath(source)

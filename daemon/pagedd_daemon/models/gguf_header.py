@@ -1,0 +1,492 @@
+"""Reads and checks the header of a GGUF file, before anything else touches the file.
+
+llama.cpp's own reader has had an overflow in its header code year after year, so no file reaches it
+that has not passed here. Nothing is mapped and nothing large is kept: the header goes by in
+pieces, and the vocabulary's arrays are skipped. Format: ggml's ``docs/gguf.md``, versions 2 and 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pagedd_daemon.models.errors import ModelFileError
+from pagedd_daemon.models.ggml_types import (
+    ARRAY,
+    BOOL,
+    FILE_TYPES,
+    SCALARS,
+    STRING,
+    TENSOR_TYPES,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderLimits:
+    """What a header may hold at most: several times what the largest known models need."""
+
+    header_bytes: int = 128 * 2**20
+    """Bytes before the tensor data. A vocabulary of 262,144 with merges takes 20 MB."""
+    metadata_entries: int = 4096
+    """Key and value pairs. Models have 20 to 60."""
+    key_bytes: int = 1024
+    """Bytes of one key. The format allows 65,535; the longest in use has 60."""
+    string_bytes: int = 64 * 2**20
+    """Bytes of one string: some files carry a whole ``tokenizer.json``."""
+    array_elements: int = 2**26
+    """Elements of one array. Skipping numbers takes no time, whatever their count."""
+    strings: int = 2**21
+    """Strings in all arrays together, for these are walked one by one (about 0.1 s per million)."""
+    tensors: int = 65_536
+    """Tensors. Models have 200 to 3,000."""
+    tensor_name_bytes: int = 63
+    """Bytes of one tensor name: ggml keeps 64 with the final zero."""
+    dimensions: int = 4
+    """Dimensions of one tensor: ggml has no more."""
+    elements: int = 2**48
+    """Elements of one tensor, so that no product of sizes comes near 64 bits."""
+    alignment: int = 65_536
+    """Alignment of the tensor data; 32 is usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What the header of a model says. `None` where it does not say."""
+
+    path: Path
+    version: int
+    architecture: str
+    name: str | None
+    context_length: int | None
+    """Tokens the model was trained with."""
+    block_count: int | None
+    """Layers."""
+    vocab_size: int | None
+    heads: int | None
+    kv_heads: int | None
+    """The largest of all layers."""
+    key_length: int | None
+    """Elements of one key head."""
+    value_length: int | None
+    """Elements of one value head."""
+    parameters: int
+    """Elements of all tensors."""
+    tensors: int
+    quantization: str
+    """As people call it: ``Q4_1``, ``Q4_K_M``, ``F16``."""
+    size_bytes: int
+    """Of the file."""
+    header_bytes: int
+    """Bytes before the tensor data."""
+    tokenizer: str | None
+    """``tokenizer.ggml.model``: ``gpt2``, ``llama``, …"""
+    has_chat_template: bool
+    digest: bytes
+    """32 bytes that name the file: SHA-256 over the header, the file size (uint64) and `SAMPLES`
+    evenly spaced pieces of `SAMPLE_BYTES`, so that it takes milliseconds for a file of any size."""
+
+
+SAMPLES = 64
+SAMPLE_BYTES = 65_536
+
+_MAGIC = b"GGUF"
+_WINDOW_BYTES = 2**20
+_KEPT_STRING_BYTES = 4096
+_KEPT_ARRAY_ELEMENTS = 4096
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+
+
+def read_header(path: Path, limits: HeaderLimits | None = None) -> GgufHeader:
+    """Check a GGUF file's header and say what is in it.
+
+    Args:
+        path: The file; symbolic links are followed.
+        limits: What to refuse.
+
+    Raises:
+        ModelFileError: It cannot be read, is no GGUF model, or is damaged.
+    """
+    fd = _open(path)
+    try:
+        size = os.fstat(fd).st_size
+        header = _Header(path, fd, size, limits or HeaderLimits())
+        return header.read()
+    except OSError as error:
+        raise ModelFileError(path, f"cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of a regular file."""
+    try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            raise ModelFileError(path, f"is {_kind_name(kind)}, not a file")
+        # Not blocking, and looked at again, in case it was just replaced by a pipe.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError:
+        if path.is_symlink():
+            reason = f"is a symbolic link to {os.readlink(path)}, which does not exist"
+        else:
+            reason = "does not exist"
+        raise ModelFileError(path, reason) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelFileError(path, f"cannot be opened: {reason}") from error
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(fd)
+        raise ModelFileError(path, f"is {_kind_name(kind)}, not a file")
+    return fd
+
+
+def _kind_name(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(mode):
+            return name
+    return "no regular file"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    kind: int
+    elements: int
+    offset: int
+    size: int
+
+
+class _Header:
+    """One pass over a header, in a window that is never larger than it must be."""
+
+    def __init__(self, path: Path, fd: int, size: int, limits: HeaderLimits) -> None:
+        self._path = path
+        self._fd = fd
+        self._size = size
+        self._limits = limits
+        self._hash = hashlib.sha256()
+        self._window = b""
+        self._at = 0  # in the window
+        self._base = 0  # of the window in the file
+        self._strings = 0  # walked so far
+
+    def read(self) -> GgufHeader:
+        version, tensor_count, entry_count = self._preamble()
+        values: dict[str, Any] = {}
+        for _ in range(entry_count):
+            key = self._text(self._limits.key_bytes, "a metadata key")
+            if not key:
+                self._refuse("has an empty metadata key")
+            if key in values:
+                self._refuse(f"has the metadata key {key!r} twice")
+            values[key] = self._value(key)
+        alignment = self._alignment(values)
+        tensors = [self._tensor(alignment) for _ in range(tensor_count)]
+        end = self._position()
+        data = -(-end // alignment) * alignment
+        self._check_data(tensors, data)
+        return self._summary(version, values, tensors, data, self._digest(end))
+
+    def _summary(
+        self,
+        version: int,
+        values: Mapping[str, Any],
+        tensors: list[_Tensor],
+        data: int,
+        digest: bytes,
+    ) -> GgufHeader:
+        architecture = values.get("general.architecture")
+        if not isinstance(architecture, str) or not architecture:
+            self._refuse("does not name an architecture (general.architecture)")
+        kind = values.get("general.type", "model")
+        if kind != "model":
+            self._refuse(f"holds {kind!r} and not a model (general.type)")
+        parts = values.get("split.count", 0)
+        if isinstance(parts, int) and parts > 1:
+            self._refuse(f"is one of {parts} parts of a model; join them to one file first")
+
+        def number(key: str) -> int | None:
+            value = values.get(f"{architecture}.{key}")
+            if isinstance(value, tuple):  # one per layer
+                value = max(value, default=None)
+            return value if isinstance(value, int) and 0 < value < 2**31 else None
+
+        heads, width = number("attention.head_count"), number("embedding_length")
+        head_length = width // heads if width and heads else None
+        words = values.get("tokenizer.ggml.tokens")
+        label = FILE_TYPES.get(_file_type(values))
+        if label is None:
+            sizes: Counter[int] = Counter()
+            for tensor in tensors:
+                sizes[tensor.kind] += tensor.elements
+            label = TENSOR_TYPES[sizes.most_common(1)[0][0]][0]
+        return GgufHeader(
+            path=self._path,
+            version=version,
+            architecture=architecture,
+            name=_text_or_none(values.get("general.name")),
+            context_length=number("context_length"),
+            block_count=number("block_count"),
+            vocab_size=words.count if isinstance(words, _Skipped) else number("vocab_size"),
+            heads=heads,
+            kv_heads=number("attention.head_count_kv") or heads,
+            key_length=number("attention.key_length") or head_length,
+            value_length=number("attention.value_length") or head_length,
+            parameters=sum(tensor.elements for tensor in tensors),
+            tensors=len(tensors),
+            quantization=label,
+            size_bytes=self._size,
+            header_bytes=data,
+            tokenizer=_text_or_none(values.get("tokenizer.ggml.model")),
+            has_chat_template="tokenizer.chat_template" in values,
+            digest=digest,
+        )
+
+    # ------------------------------------------------------------------------------- the parts
+
+    def _preamble(self) -> tuple[int, int, int]:
+        if self._size == 0:
+            self._refuse("is empty")
+        magic = os.pread(self._fd, 4, 0)
+        if magic != _MAGIC[: len(magic)]:
+            self._refuse("is not a GGUF file", {"starts_with": magic.hex()})
+        self._take(4)
+        version = self._u32()
+        if version not in (2, 3):
+            if version and version & 0xFFFF == 0:
+                self._refuse("is a GGUF file of big-endian numbers, which cannot be used here")
+            self._refuse(
+                f"is a GGUF file of version {version}; versions 2 and 3 can be read",
+                {"version": version},
+            )
+        tensors, entries = self._u64(), self._u64()
+        self._bound(tensors, self._limits.tensors, "tensors")
+        self._bound(entries, self._limits.metadata_entries, "metadata entries")
+        if not tensors:
+            self._refuse("has no tensors")
+        return version, tensors, entries
+
+    def _value(self, key: str) -> Any:
+        """A number, a short text, a short array of numbers, or `_Skipped`."""
+        kind = self._u32()
+        if kind == ARRAY:
+            return self._array(key)
+        if kind == STRING:
+            length = self._length(self._limits.string_bytes, f"the value of {key!r}")
+            if length > _KEPT_STRING_BYTES:
+                self._skip(length)
+                return _Skipped(1)
+            return self._take(length).decode("utf-8", "replace")
+        return self._scalar(kind, key)
+
+    def _scalar(self, kind: int, key: str) -> int | float | bool:
+        code = SCALARS.get(kind)
+        if code is None:
+            self._refuse(f"has a value of unknown type {kind} ({key})", {"type": kind})
+        (value,) = struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))
+        if kind == BOOL:
+            if value > 1:
+                self._refuse(f"has a truth value of {value} ({key})")
+            return bool(value)
+        assert isinstance(value, int | float)
+        return value
+
+    def _array(self, key: str) -> Any:
+        kind, count = self._u32(), self._u64()
+        self._bound(count, self._limits.array_elements, f"elements of {key!r}")
+        if kind == STRING:
+            self._skip_strings(count, key)
+            return _Skipped(count)
+        code = SCALARS.get(kind)
+        if code is None:  # ggml reads no arrays of arrays either
+            self._refuse(f"has an array of unusable type {kind} ({key})", {"type": kind})
+        size = count * struct.calcsize("<" + code)
+        if count <= _KEPT_ARRAY_ELEMENTS:
+            return struct.unpack(f"<{count}{code}", self._take(size))
+        self._skip(size)
+        return _Skipped(count)
+
+    def _skip_strings(self, count: int, key: str) -> None:
+        """Walk over strings: the hot loop, over 100,000 in most files."""
+        self._strings += count
+        self._bound(self._strings, self._limits.strings, "strings in arrays")
+        if count * 8 > self._size - self._position():
+            self._truncated(self._position() + count * 8)
+        longest, unpack = self._limits.string_bytes, _U64.unpack_from
+        window, at, end = self._window, self._at, len(self._window)
+        for _ in range(count):
+            if at + 8 > end:
+                self._at = at
+                self._fill(8)
+                window, at, end = self._window, self._at, len(self._window)
+            (length,) = unpack(window, at)
+            at += 8 + length
+            if at > end:
+                self._at = at - length
+                self._bound(length, longest, f"bytes of an element of {key!r}")
+                self._skip(length)
+                window, at, end = self._window, self._at, len(self._window)
+        self._at = at
+
+    def _alignment(self, values: Mapping[str, Any]) -> int:
+        alignment = values.get("general.alignment", 32)
+        if (
+            not isinstance(alignment, int)
+            or not 1 <= alignment <= self._limits.alignment
+            or alignment & (alignment - 1)
+        ):
+            self._refuse(f"has an alignment of {alignment!r}", {"alignment": repr(alignment)})
+        return alignment
+
+    def _tensor(self, alignment: int) -> _Tensor:
+        name = self._text(self._limits.tensor_name_bytes, "a tensor name")
+        dimensions = self._u32()
+        self._bound(dimensions, self._limits.dimensions, f"dimensions of tensor {name!r}")
+        shape = [self._u64() for _ in range(dimensions)]
+        elements = 1
+        for length in shape:
+            elements *= length
+            if not length or elements > self._limits.elements:
+                self._refuse(f"has tensor {name!r} of impossible shape {shape}", {"shape": shape})
+        kind = self._u32()
+        if kind not in TENSOR_TYPES:
+            self._refuse(f"has tensor {name!r} of unknown type {kind}", {"type": kind})
+        label, block, block_bytes = TENSOR_TYPES[kind]
+        if (shape[0] if shape else 1) % block:
+            self._refuse(f"has tensor {name!r} of {label} with rows of {shape[0]}, not {block}s")
+        offset = self._u64()
+        if offset % alignment:
+            self._refuse(f"has tensor {name!r} at {offset}, which is not aligned to {alignment}")
+        return _Tensor(name, kind, elements, offset, elements // block * block_bytes)
+
+    def _check_data(self, tensors: list[_Tensor], data: int) -> None:
+        """Every tensor lies in the file, and none in another."""
+        names: set[str] = set()
+        for tensor in tensors:
+            if tensor.name in names:
+                self._refuse(f"has the tensor {tensor.name!r} twice")
+            names.add(tensor.name)
+        free = 0
+        for tensor in sorted(tensors, key=lambda t: t.offset):
+            if tensor.offset < free:
+                self._refuse(f"has tensor {tensor.name!r} overlapping another")
+            free = tensor.offset + tensor.size
+        if data + free > self._size:
+            self._truncated(data + free)
+
+    def _digest(self, end: int) -> bytes:
+        digest = self._hash
+        digest.update(self._window[: end - self._base])
+        digest.update(_U64.pack(self._size))
+        last = max(self._size - SAMPLE_BYTES, 0)
+        for index in range(SAMPLES):
+            digest.update(os.pread(self._fd, SAMPLE_BYTES, last * index // (SAMPLES - 1)))
+        return digest.digest()
+
+    # ---------------------------------------------------------------------------- bounded reads
+
+    def _position(self) -> int:
+        return self._base + self._at
+
+    def _fill(self, count: int) -> None:
+        """Have at least ``count`` bytes before the end of the window."""
+        start = self._position()
+        if start + count > self._size:
+            self._truncated(start + count)
+        if start + count > self._limits.header_bytes:
+            self._refuse(
+                f"has a header of more than {self._limits.header_bytes} bytes",
+                {"limit": self._limits.header_bytes},
+            )
+        self._hash.update(self._window[: self._at])
+        kept = self._window[self._at :]
+        parts, have = [kept], len(kept)
+        while have < count:
+            part = os.pread(self._fd, max(count - have, _WINDOW_BYTES), start + have)
+            if not part:
+                self._truncated(start + count)
+            parts.append(part)
+            have += len(part)
+        self._window, self._at, self._base = b"".join(parts), 0, start
+
+    def _take(self, count: int) -> bytes:
+        if self._at + count > len(self._window):
+            self._fill(count)
+        taken = self._window[self._at : self._at + count]
+        self._at += count
+        return taken
+
+    def _skip(self, count: int) -> None:
+        if self._position() + count > self._size:
+            self._truncated(self._position() + count)
+        while count:
+            step = min(count, max(len(self._window) - self._at, 0) or _WINDOW_BYTES)
+            self._take(step)
+            count -= step
+
+    def _u32(self) -> int:
+        (value,) = _U32.unpack(self._take(4))
+        return int(value)
+
+    def _u64(self) -> int:
+        (value,) = _U64.unpack(self._take(8))
+        return int(value)
+
+    def _length(self, limit: int, what: str) -> int:
+        length = self._u64()
+        self._bound(length, limit, f"bytes of {what}")
+        if length > self._size - self._position():
+            self._truncated(self._position() + length)
+        return length
+
+    def _text(self, limit: int, what: str) -> str:
+        raw = self._take(self._length(limit, what))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self._refuse(f"has {what} that is not UTF-8", {"bytes": raw[:64].hex()})
+
+    def _bound(self, value: int, limit: int, what: str) -> None:
+        if value > limit:
+            self._refuse(f"claims {value} {what}; {limit} is the limit", {"limit": limit})
+
+    def _truncated(self, needed: int) -> NoReturn:
+        self._refuse(
+            f"is truncated: it has {self._size} bytes and needs at least {needed}",
+            {"size_bytes": self._size, "needed_bytes": needed},
+        )
+
+    def _refuse(self, reason: str, details: Mapping[str, Any] | None = None) -> NoReturn:
+        raise ModelFileError(self._path, reason, details)
+
+
+@dataclass(frozen=True, slots=True)
+class _Skipped:
+    """A value that was checked and not kept."""
+
+    count: int
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _file_type(values: Mapping[str, Any]) -> int:
+    value = values.get("general.file_type", -1)
+    guessed = 1024  # a flag of llama.cpp's
+    return value & ~guessed if isinstance(value, int) and value >= 0 else -1
