@@ -1,13 +1,13 @@
 """The pager's vocabulary: what may happen to it (events) and what it asks for (instructions).
 
 The pager is a deterministic state machine, ``handle(event) -> list[Instruction]``. It copies no
-byte, reads no clock and starts no thread. The caller carries out the instructions **in the order of
-the list** and reports the transfers among them with `TransferDone` or `TransferFailed`, at any later
-time and in any order.
+byte, reads no clock and starts no thread. The caller carries out the instructions **in the order
+of the list** and reports the transfers among them with `TransferDone` or `TransferFailed`, at any
+later time and in any order.
 
 Terms follow the PagedAttention paper (arXiv 2309.06180): a *block* holds the keys and values of
-``block_tokens`` consecutive tokens of one sequence, over all layers; a sequence's *block table* maps
-logical block indices to blocks. A *page* is one block's content wherever it is resident.
+``block_tokens`` consecutive tokens of one sequence, over all layers; a sequence's *block table*
+maps logical block indices to blocks. A *page* is one block's content wherever it is resident.
 """
 
 from __future__ import annotations
@@ -105,7 +105,12 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """A preempted sequence asks to run again. Answered like `Admit`, with `Admitted` or `Deferred`."""
+    """A preempted sequence asks to run again, with its whole group if it has one.
+
+    Answered like `Admit`: `Deferred` for ``seq`` alone if the group cannot come back now, else
+    `Admitted` for every preempted member that came back and `Deferred` for each that must ask
+    again by itself.
+    """
 
     seq: int
 
@@ -177,7 +182,10 @@ class PreemptMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """Take ``seq`` (with its group) off the first tier. Answered by `Preempted` for each of them."""
+    """Take ``seq`` (with its group) off the first tier. Answered by `Preempted` for each of them.
+
+    For a sequence with a step or a load in flight the answer comes when that has ended.
+    """
 
     seq: int
     mode: PreemptMode = PreemptMode.AUTO
@@ -251,7 +259,7 @@ class DeferReason(Enum):
     BLOCKS = "blocks"
     SEQUENCES = "sequences"
     PREFIX_IN_FLIGHT = "prefix_in_flight"
-    """Another sequence is computing this prefix right now; waiting is cheaper than doing it twice."""
+    """Another sequence is computing this prefix right now: wait rather than do it twice."""
     TRANSFER = "transfer"
     """The pages this sequence needs are still being stored."""
 

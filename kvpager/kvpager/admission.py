@@ -1,0 +1,337 @@
+"""Admit and Resume: what of a sequence is resident, what it needs, and whether there is room."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpager.blocks import ACTIVE, CACHED, LOADING
+from kvpager.pool import Pool
+from kvpager.prefix import DIGEST, extend_chain
+from kvpager.sequences import SequenceState, SequenceTable, Status
+from kvpager.tiers import SlotState
+from kvpager.transfers import Transfers
+from kvpager.types import (
+    Admit,
+    Admitted,
+    Attach,
+    DeferReason,
+    Deferred,
+    Denied,
+    Instruction,
+    Page,
+    Tier,
+)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is resident of a sequence that wants to run. Arrays have shape ``(hits,)``."""
+
+    blocks: npt.NDArray[np.int32]
+    """The block that holds each page on the GPU, -1 where it must be loaded."""
+    slots: npt.NDArray[np.int32]
+    """The RAM slot to load it from, where ``blocks`` is -1."""
+    nodes: npt.NDArray[np.int32]
+    tail: int = -1
+    """RAM slot of the partial page after the full ones, -1 for none."""
+    computed: int = 0
+    total: int = 0
+    """Blocks it will have."""
+    reason: DeferReason | None = None
+
+    @property
+    def attached(self) -> int:
+        """Blocks shared with others."""
+        return int((self.blocks >= 0).sum())
+
+
+class Admission:
+    """Takes sequences in."""
+
+    def __init__(self, pool: Pool, seqs: SequenceTable, transfers: Transfers) -> None:
+        self._pool = pool
+        self._config = pool.config
+        self._seqs = seqs
+        self._transfers = transfers
+        self.prompt_tokens = 0
+        self.hit_tokens = 0
+
+    # -------------------------------------------------------------------------------- events
+
+    def admit(self, event: Admit, out: list[Instruction]) -> None:
+        """Take in a new sequence, or say why not. Nothing is kept of one that is not admitted."""
+        config, size = self._config, self._config.block_tokens
+        total = -(-len(event.tokens) // size)
+        if total + 1 > config.gpu_blocks:
+            out.append(Denied(event.seq, total + 1, config.gpu_blocks))
+            return
+        if config.max_sequences and event.width > config.max_sequences:
+            out.append(Denied(event.seq, event.width, config.max_sequences))
+            return
+        if self._ids_missing(event.width):
+            out.append(self._no_ids(event.seq, event.width))
+            return
+        chain = bytearray()
+        extend_chain(chain, event.root, event.tokens, size)
+        plan = self._look_up(chain, (len(event.tokens) - 1) // size, None)
+        plan.computed = len(plan.blocks) * size
+        plan.total = total
+        refusal = self._refusal(event.seq, plan)
+        if refusal is not None:
+            out.append(refusal)
+            return
+        state = self._seqs.create(event.seq, event.root, event.klass, event.group)
+        state.ids = event.width
+        state.chain = chain
+        state.learn(0, event.tokens)
+        self.prompt_tokens += len(event.tokens)
+        self.hit_tokens += plan.computed
+        self._enter(state, plan, {}, out)
+
+    def resume(self, event_seq: int, members: list[SequenceState], out: list[Instruction]) -> None:
+        """Take in preempted sequences again: all of a group together, or none of them."""
+        plans = [self._plan_resume(state) for state in members]
+        first = self._refusal_resume(members[0], plans[0], together=False)
+        if first is None and self._seqs.runnable:
+            # While others run, their blocks will come; then the whole group can come back at once.
+            first = self._refusal_group(members, plans)
+        if first is not None:
+            out.append(first)
+            return
+        tails: dict[tuple[int, int], int] = {}
+        for state in members:
+            # Looked up again, as it may now share what a sibling has begun to load.
+            plan = self._plan_resume(state)
+            refusal = self._refusal_resume(state, plan, together=state is not members[0])
+            if refusal is not None:
+                out.append(refusal)
+                continue
+            self._enter(state, plan, tails, out)
+            self._seqs.resumed[state.slot] = True
+        assert members[0].id == event_seq
+
+    # ------------------------------------------------------------------------------- look-up
+
+    def _look_up(self, chain: bytearray, limit: int, owner: SequenceState | None) -> Plan:
+        """The resident pages at the front of ``chain``, at most ``limit``."""
+        pool = self._pool
+        nodes = pool.index.find_all(chain, limit)
+        known = nodes >= 0
+        blocks = np.where(known, pool.index.wheres[Tier.GPU][nodes], -1)
+        slots = np.where(known, pool.index.wheres[Tier.RAM][nodes], -1)
+        if not self._config.keep_cached_on_gpu:
+            # There a block is shared through a sequence that holds it, and only through one.
+            states = pool.blocks.states[blocks]
+            held = pool.blocks.refcounts[blocks] > 0
+            blocks[~(held & ((states == ACTIVE) | (states == LOADING)))] = -1
+        slot_states = np.where(slots >= 0, pool.ram.states[slots], SlotState.FREE)
+        hit = (blocks >= 0) | (slot_states == SlotState.READY)
+        hits = int(np.argmin(hit)) if not hit.all() else limit
+        plan = Plan(blocks[:hits], slots[:hits], nodes[:hits])
+        if hits < limit:
+            if slot_states[hits] == SlotState.FILLING:
+                plan.reason = DeferReason.TRANSFER
+            elif self._promised(chain, hits, owner):
+                plan.reason = DeferReason.PREFIX_IN_FLIGHT
+        return plan
+
+    def _promised(self, chain: bytearray, index: int, owner: SequenceState | None) -> bool:
+        """Whether another sequence is about to compute the page at ``index`` of ``chain``."""
+        where = slice(index * DIGEST, (index + 1) * DIGEST)
+        wanted = chain[where]
+        size = self._config.block_tokens
+        return any(
+            other.chain[where] == wanted
+            for other in self._seqs.prefilling.values()
+            if other is not owner
+            and other.pending is None
+            and self._seqs.computed[other.slot] < (index + 1) * size
+        )
+
+    def _plan_resume(self, state: SequenceState) -> Plan:
+        size = self._config.block_tokens
+        computed = int(self._seqs.computed[state.slot])
+        full = computed // size
+        plan = self._look_up(state.chain, full, state)
+        hits = len(plan.blocks)
+        plan.total = -(-max(computed, state.known_tokens) // size)
+        plan.computed = hits * size
+        if hits == full and full < len(state.held):
+            slot = state.held[full]
+            if self._pool.ram.ready(slot):
+                plan.tail = slot
+                plan.computed = computed
+            elif self._pool.ram.state[slot] == SlotState.FILLING:
+                plan.reason = DeferReason.TRANSFER
+        return plan
+
+    # ---------------------------------------------------------------------------------- room
+
+    def _ids_missing(self, width: int) -> bool:
+        limit = self._config.max_sequences
+        return bool(limit) and self._seqs.ids_used + width > limit
+
+    def _no_ids(self, seq: int, width: int) -> Deferred:
+        free = self._config.max_sequences - self._seqs.ids_used
+        return Deferred(seq, DeferReason.SEQUENCES, width, free)
+
+    def _room(self, need: int, hits: npt.NDArray[np.int32], *, margin: bool) -> Deferred | None:
+        arrays = self._pool.blocks
+        cached = int((arrays.states[hits] == CACHED).sum())
+        free = arrays.available() - cached
+        if margin:
+            need += math.ceil(self._config.growth_margin * self._config.gpu_blocks)
+        return None if need <= free else Deferred(-1, DeferReason.BLOCKS, need, free)
+
+    def _refusal(self, seq: int, plan: Plan) -> Deferred | None:
+        """Why a sequence with this plan cannot run now; None if it can."""
+        if plan.reason is not None:
+            return Deferred(
+                seq, plan.reason, plan.total - plan.attached, self._pool.blocks.available()
+            )
+        others = len(self._seqs.by_id) > len(self._seqs.swapped)
+        found = plan.blocks[plan.blocks >= 0]
+        short = self._room(plan.total - plan.attached, found, margin=others)
+        return None if short is None else Deferred(seq, short.reason, short.need, short.free)
+
+    def _refusal_resume(
+        self, state: SequenceState, plan: Plan, *, together: bool
+    ) -> Deferred | None:
+        if self._ids_missing(state.ids):
+            return self._no_ids(state.id, state.ids)
+        if together and plan.reason is None:
+            # The margin was asked for once, for the whole group.
+            found = plan.blocks[plan.blocks >= 0]
+            short = self._room(plan.total - plan.attached, found, margin=False)
+            return (
+                None if short is None else Deferred(state.id, short.reason, short.need, short.free)
+            )
+        return self._refusal(state.id, plan)
+
+    def _refusal_group(self, members: list[SequenceState], plans: list[Plan]) -> Deferred | None:
+        """Why the group cannot come back as a whole; pages that siblings share count once."""
+        ids = sum(state.ids for state in members)
+        if self._ids_missing(ids):
+            return self._no_ids(members[0].id, ids)
+        need = 0
+        loads: set[int] = set()
+        tails: set[tuple[int, int]] = set()
+        found: set[int] = set()
+        for plan in plans:
+            if plan.reason is not None:
+                return Deferred(members[0].id, plan.reason, plan.total, 0)
+            wanted = set(plan.nodes[plan.blocks < 0].tolist())
+            need += plan.total - len(plan.blocks) + len(wanted - loads)
+            tail = (plan.tail, plan.computed)
+            if plan.tail >= 0 and tail in tails:
+                need -= 1
+            loads |= wanted
+            tails.add(tail)
+            found.update(plan.blocks[plan.blocks >= 0].tolist())
+        if need > self._pool.blocks.limit:
+            return None  # never all at once: they come back one by one
+        short = self._room(need, np.array(sorted(found), dtype=np.int32), margin=True)
+        return (
+            None if short is None else Deferred(members[0].id, short.reason, short.need, short.free)
+        )
+
+    # -------------------------------------------------------------------------------- taking
+
+    def _enter(
+        self,
+        state: SequenceState,
+        plan: Plan,
+        tails: dict[tuple[int, int], int],
+        out: list[Instruction],
+    ) -> None:
+        """Carry out a plan that has been found to fit.
+
+        Args:
+            state: The sequence, without blocks.
+            plan: What is resident of it.
+            tails: By slot and tokens: partial pages that siblings began to load in this event.
+            out: Instructions are appended here.
+        """
+        seqs, pool, size = self._seqs, self._pool, self._config.block_tokens
+        hits = len(plan.blocks)
+        table = np.full(plan.total, -1, dtype=np.int32)
+        table[:hits] = plan.blocks
+        pool.share(plan.blocks[plan.blocks >= 0])
+        tail = (plan.tail, plan.computed - hits * size)
+        shared_tail = tails.get(tail, -1) if plan.tail >= 0 else -1
+        if shared_tail >= 0:
+            table[hits] = shared_tail
+            pool.share(table[hits : hits + 1])
+        own = table < 0
+        loads = np.flatnonzero(own[:hits])
+        table[own] = pool.take(int(own.sum()))
+        state.extend_table(table.tolist())
+        pages = [Page(i, int(table[i]), int(plan.slots[i]), size) for i in loads.tolist()]
+        if plan.tail >= 0 and shared_tail < 0:
+            tails[tail] = int(table[hits])
+            pages.append(Page(hits, int(table[hits]), *tail))
+        for page in pages[: len(loads)]:
+            node = int(plan.nodes[page.index])
+            if pool.index.where[Tier.GPU][node] < 0:
+                pool.index.place(node, Tier.GPU, page.block)
+                pool.blocks.node[page.block] = node
+
+        seqs.ids_used += state.ids
+        seqs.computed[state.slot] = seqs.length[state.slot] = plan.computed
+        partial = plan.computed % size
+        seqs.tails[state.slot, :partial] = state.known[plan.computed - partial : plan.computed]
+        seqs.swapped.pop(state.id, None)
+        if plan.computed < state.known_tokens:
+            seqs.prefilling[state.id] = state
+        seqs.promised[state.slot] = plan.computed
+        seqs.place_cursor(state)
+
+        borrowed = np.flatnonzero(~own)
+        borrowed = borrowed[borrowed < hits + (shared_tail >= 0)]
+        self._attach(state, borrowed, table, plan.computed, out)
+        if pages:
+            self._transfers.begin_load(state, pages, out)
+        # Pinned by the load now, or found on the GPU: the pages below are merely cached from here.
+        for slot in reversed(state.held):
+            pool.ram.unhold(slot)
+        state.held = []
+        pool.ram.shrink_cache()
+        state.status = Status.LOADING if state.loads else Status.RUNNING
+        if not state.loads:
+            seqs.runnable[state.id] = state.slot
+        seqs.tell(
+            state, f"admitted, computed {plan.computed} of {state.known_tokens}, {len(pages)} loads"
+        )
+        out.append(Admitted(state.id, plan.computed, bool(state.loads)))
+
+    def _attach(
+        self,
+        state: SequenceState,
+        borrowed: npt.NDArray[np.intp],
+        table: npt.NDArray[np.int32],
+        computed: int,
+        out: list[Instruction],
+    ) -> None:
+        """Say which blocks are shared: now, or when the transfer that fills them has ended."""
+        size = self._config.block_tokens
+        loading = self._pool.loading
+        run: list[int] = []
+        transfer = first = -1
+        for index in [*borrowed.tolist(), -1]:
+            block = int(table[index]) if index >= 0 else -1
+            of = loading.get(block, -1)
+            if run and (index != first + len(run) or of != transfer):
+                tokens = min(len(run) * size, computed - first * size)
+                attach = Attach(state.id, first, tuple(run), tokens)
+                if transfer < 0:
+                    out.append(attach)
+                else:
+                    self._transfers.wait(state, transfer, attach)
+                run = []
+            if not run:
+                first, transfer = index, of
+            run.append(block)

@@ -1,0 +1,311 @@
+"""The pager: events in, instructions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpager.admission import Admission
+from kvpager.blocks import ACTIVE, FREE, LOADING
+from kvpager.cost import CostModel
+from kvpager.endings import Endings
+from kvpager.errors import ImpossibleEventError
+from kvpager.invariants import check
+from kvpager.pool import Pool
+from kvpager.prefix import DIGEST
+from kvpager.sequences import SequenceTable, Status
+from kvpager.steps import Steps
+from kvpager.transfers import Transfers
+from kvpager.types import (
+    Admit,
+    DeferReason,
+    Deferred,
+    Event,
+    Fork,
+    Free,
+    Instruction,
+    Page,
+    PagerConfig,
+    PagerStats,
+    PoolSplit,
+    Preempt,
+    PreemptMode,
+    Pressure,
+    Reserve,
+    Resume,
+    StepFailed,
+    StepLaunched,
+    StepRetired,
+    TierUsage,
+    TransferDone,
+    TransferFailed,
+    Truncate,
+)
+
+_WRITE_BACK_SHARE = 16
+_WRITE_BACK_MOST = 32
+
+
+class Pager:
+    """A paged pool as a deterministic state machine. Not thread-safe.
+
+    Args:
+        config: The shape of the pool.
+
+    Raises:
+        ValueError: The shape makes no sense.
+    """
+
+    def __init__(self, config: PagerConfig) -> None:
+        if config.gpu_blocks < 1 or config.block_tokens < 1:
+            raise ValueError(f"a pool needs blocks and tokens in them: {config}")
+        if min(config.ram_blocks, config.disk_blocks, config.max_sequences) < 0:
+            raise ValueError(f"negative size: {config}")
+        if not (0 <= config.growth_margin < 1 and 0 <= config.ram_swap_reserve <= 1):
+            raise ValueError(f"shares lie between 0 and 1: {config}")
+        self.config = config
+        self._pool = Pool(config)
+        self._seqs = SequenceTable(config.block_tokens)
+        self._cost = CostModel()
+        self._transfers = Transfers(self._pool, self._seqs)
+        self._admission = Admission(self._pool, self._seqs, self._transfers)
+        self._steps = Steps(self._pool, self._seqs)
+        self._endings = Endings(self._pool, self._seqs, self._transfers, self._cost)
+
+    # -------------------------------------------------------------------------------- events
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Take an event in.
+
+        Returns:
+            What the caller must do now, in this order.
+
+        Raises:
+            ImpossibleEventError: The event cannot follow what came before. Nothing has changed.
+        """
+        out: list[Instruction] = []
+        if isinstance(event, Reserve):
+            self._steps.reserve(event, out)
+        elif isinstance(event, StepLaunched):
+            self._steps.launch(event, out)
+        elif isinstance(event, StepRetired):
+            self._steps.retire(event, out)
+            self._afterwards(out)
+        elif isinstance(event, StepFailed):
+            self._steps.fail(event, out)
+            self._afterwards(out)
+        elif isinstance(event, (TransferDone, TransferFailed)):
+            self._transfers.check(event.transfer)
+            if isinstance(event, TransferDone):
+                self._transfers.done(event.transfer, out)
+            else:
+                self._transfers.failed(event.transfer, out)
+            self._afterwards(out)
+        elif isinstance(event, Admit):
+            self._check_admit(event)
+            self._admission.admit(event, out)
+        elif isinstance(event, Resume):
+            self._resume(event, out)
+        elif isinstance(event, Fork):
+            self._endings.fork(event, out)
+        elif isinstance(event, Truncate):
+            self._endings.truncate(event, out)
+        elif isinstance(event, Preempt):
+            self._endings.preempt(event, out)
+        elif isinstance(event, Free):
+            self._endings.free(event, out)
+        else:
+            self._pressure(event)
+        return out
+
+    def _check_admit(self, event: Admit) -> None:
+        if event.seq in self._seqs.by_id:
+            raise self._seqs.impossible(event.seq, "Admit of a sequence that exists already")
+        tokens = event.tokens
+        if tokens.ndim != 1 or tokens.dtype != np.int32 or not len(tokens):
+            raise self._seqs.impossible(
+                event.seq,
+                f"Admit needs int32 tokens of shape (n,), not {tokens.dtype} {tokens.shape}",
+            )
+        if len(event.root) != DIGEST or event.width < 1:
+            raise self._seqs.impossible(
+                event.seq, "Admit needs a root of 32 bytes and a width >= 1"
+            )
+
+    def _resume(self, event: Resume, out: list[Instruction]) -> None:
+        state = self._seqs.get(event.seq, "Resume")
+        if state.status is not Status.SWAPPED:
+            raise self._seqs.impossible(event.seq, "Resume of a sequence that was not preempted")
+        members = self._seqs.members(state)
+        ending = sum(isinstance(member.pending, Preempt) for member in members)
+        if ending:
+            out.append(Deferred(event.seq, DeferReason.TRANSFER, ending, 0))
+            return
+        swapped = [member for member in members if member.status is Status.SWAPPED]
+        self._admission.resume(event.seq, swapped, out)
+
+    def _pressure(self, event: Pressure) -> None:
+        if not 0 <= event.gpu_blocks <= self.config.gpu_blocks:
+            raise ImpossibleEventError(
+                f"Pressure of {event.gpu_blocks} blocks, the pool has {self.config.gpu_blocks}"
+            )
+        self._pool.set_limit(event.gpu_blocks)
+
+    def _afterwards(self, out: list[Instruction]) -> None:
+        """What had to wait for a step or a transfer."""
+        if self._seqs.pending:
+            self._endings.carry_out_idle(out)
+        if self._pool.ram.total and self.config.keep_cached_on_gpu:
+            self._write_back(out)
+
+    def _write_back(self, out: list[Instruction]) -> None:
+        """Keep the pages that are evicted next in RAM too, so that evicting them loses nothing."""
+        pool = self._pool
+        # Not deeper than RAM may cache, or the copies would push one another out for ever.
+        depth = min(-(-pool.blocks.limit // _WRITE_BACK_SHARE), pool.ram.cache_limit)
+        if not pool.blocks.cached.count or len(pool.blocks.free) >= depth:
+            return
+        if any(transfer.instruction.seq < 0 for transfer in self._transfers.live.values()):
+            return
+        pages: list[Page] = []
+        for block in pool.dirty_pages(depth, _WRITE_BACK_MOST):
+            slot = pool.ram.take(swap=False)
+            if slot < 0:
+                break
+            pool.ram.name(slot, pool.blocks.node[block])
+            pool.begin_write_back(block)
+            pages.append(Page(0, block, slot, self.config.block_tokens))
+        if pages:
+            self._transfers.begin_store(-1, pages, (), out)
+
+    def observe(
+        self,
+        *,
+        prefill_tokens_per_s: float | None = None,
+        load_tokens_per_s: float | None = None,
+        store_tokens_per_s: float | None = None,
+    ) -> None:
+        """Feed measured rates to the cost model behind `PreemptMode.AUTO`.
+
+        Raises:
+            ValueError: A rate is not positive.
+        """
+        self._cost.observe(
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            load_tokens_per_s=load_tokens_per_s,
+            store_tokens_per_s=store_tokens_per_s,
+        )
+
+    # ------------------------------------------------------------------------------ questions
+
+    def block_table(self, seq: int) -> npt.NDArray[np.int32]:
+        """Blocks of a sequence in logical order: int32, read-only, valid until the next event.
+
+        Raises:
+            ImpossibleEventError: There is no such sequence.
+        """
+        state = self._seqs.by_id.get(seq)
+        if state is None:
+            raise self._seqs.impossible(seq, "has no block table")
+        table = state.table[: state.blocks]
+        table.flags.writeable = False
+        return table
+
+    def computed(self, seq: int) -> int:
+        """Tokens of a sequence in the pool, those of steps in flight not counted.
+
+        Of a preempted sequence: how many there were.
+
+        Raises:
+            ImpossibleEventError: There is no such sequence.
+        """
+        return int(self._seqs.computed[self._slot(seq)])
+
+    def length(self, seq: int) -> int:
+        """Tokens of a sequence in the pool, those of steps in flight counted.
+
+        Raises:
+            ImpossibleEventError: There is no such sequence.
+        """
+        return int(self._seqs.length[self._slot(seq)])
+
+    def _slot(self, seq: int) -> int:
+        state = self._seqs.by_id.get(seq)
+        if state is None:
+            raise self._seqs.impossible(seq, "is not here")
+        return state.slot
+
+    def story(self, seq: int) -> tuple[str, ...]:
+        """The last events of a sequence, oldest first; of an ended one too, for a while."""
+        return self._seqs.story(seq)
+
+    def choose_victim(self, candidates: Sequence[int]) -> int | None:
+        """Who should be preempted: lowest class first, then the newest admission.
+
+        Never one that has been resumed and has not computed a token since, so that nothing
+        thrashes, nor one that does not run. None if nobody is left.
+        """
+        seqs = self._seqs
+        eligible = [
+            seqs.by_id[seq]
+            for seq in candidates
+            if seq in seqs.runnable and not seqs.resumed[seqs.by_id[seq].slot]
+        ]
+        if not eligible:
+            return None
+        return max(eligible, key=lambda state: (state.klass, state.order)).id
+
+    def validate(self) -> None:
+        """Check every invariant of the pool.
+
+        Raises:
+            InvariantError: One is broken; it carries the story of a sequence concerned.
+        """
+        check(self._pool, self._seqs, self._transfers)
+
+    def stats(self) -> PagerStats:
+        """Figures as of now."""
+        pool, seqs = self._pool, self._seqs
+        free, cached = len(pool.blocks.free), pool.blocks.cached.count
+        used = int((pool.blocks.states != FREE).sum()) - cached
+        return PagerStats(
+            gpu=TierUsage(used + cached + free, used, cached, free),
+            ram=pool.ram.usage(),
+            disk=pool.disk.usage(),
+            split=self._split(),
+            sequences_running=len(seqs.by_id) - len(seqs.swapped),
+            sequences_swapped=len(seqs.swapped),
+            sequence_ids_total=self.config.max_sequences,
+            prompt_tokens=self._admission.prompt_tokens,
+            hit_tokens=self._admission.hit_tokens,
+            stored_pages=self._transfers.stored_pages,
+            loaded_pages=self._transfers.loaded_pages,
+            copied_blocks=self._steps.copied_blocks,
+            preemptions_swap=self._endings.preemptions[PreemptMode.SWAP],
+            preemptions_recompute=self._endings.preemptions[PreemptMode.RECOMPUTE],
+        )
+
+    def _split(self) -> PoolSplit:
+        """The four-way split of the blocks that running sequences hold."""
+        pool, seqs, size = self._pool, self._seqs, self.config.block_tokens
+        filled = np.zeros(self.config.gpu_blocks, dtype=np.int64)
+        reserved = 0
+        for state in seqs.by_id.values():
+            computed = int(seqs.computed[state.slot])
+            if state.status is Status.SWAPPED:
+                continue
+            full = computed // size
+            filled[state.table[:full]] = size
+            if computed % size:
+                last = state.table[full]
+                filled[last] = max(filled[last], computed % size)
+            promised = min(
+                max(int(seqs.promised[state.slot]), state.known_tokens), state.blocks * size
+            )
+            reserved += max(0, promised - computed)
+        token_state = int(filled.sum())
+        states = pool.blocks.states
+        held = int(((states == ACTIVE) | (states == LOADING)).sum()) * size
+        return PoolSplit(token_state, reserved, max(0, held - token_state - reserved), 0)

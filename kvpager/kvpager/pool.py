@@ -1,0 +1,218 @@
+"""The first tier and the index over it: the one place where blocks are taken and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpager.blocks import ACTIVE, CACHED, DYING, FREE, LOADING, STORING, BlockArrays
+from kvpager.prefix import PageIndex
+from kvpager.tiers import LowerTier
+from kvpager.types import PagerConfig, Tier
+
+_CLEAN_LOOKAHEAD = 16
+
+
+class Pool:
+    """Blocks with their pages, over the lower tier."""
+
+    def __init__(self, config: PagerConfig) -> None:
+        self.config = config
+        self.blocks = BlockArrays(config.gpu_blocks)
+        self.index = PageIndex(config.gpu_blocks + config.ram_blocks + config.disk_blocks)
+        self.ram = LowerTier(Tier.RAM, config.ram_blocks, config.ram_swap_reserve, self.index)
+        self.disk = LowerTier(Tier.DISK, config.disk_blocks, 0.0, self.index)
+        self.retired_epoch = -1
+        self.loading: dict[int, int] = {}
+        """Blocks being loaded, each with its transfer."""
+
+    # -------------------------------------------------------------------------------- taking
+
+    def take(self, count: int) -> list[int]:
+        """``count`` blocks with one reference each, evicting cached pages where no block is free.
+
+        The caller has checked `BlockArrays.available`: nothing ever waits in here.
+        """
+        assert count <= self.blocks.available()
+        taken = self.blocks.pop_free(count)
+        while len(taken) < count:
+            taken.append(self._evict_one())
+        if taken:
+            which = np.array(taken, dtype=np.intp)
+            self.blocks.states[which] = ACTIVE
+            self.blocks.refcounts[which] = 1
+        return taken
+
+    def share(self, blocks: npt.NDArray[np.int32]) -> None:
+        """One reference more for each of ``blocks``, which are distinct."""
+        arrays = self.blocks
+        states = arrays.states[blocks]
+        for block in blocks[states == CACHED].tolist():
+            arrays.cached.remove(block)
+        # A block being loaded stays so until its transfer ends, whoever joins meanwhile.
+        arrays.states[blocks[states != LOADING]] = ACTIVE
+        arrays.refcounts[blocks] += 1
+
+    # ---------------------------------------------------------------------------- letting go
+
+    def release(self, blocks: Sequence[int] | npt.NDArray[np.int32], epoch: int = -1) -> None:
+        """One reference less for each of ``blocks``, last block of the sequence first.
+
+        Args:
+            blocks: In logical order, distinct.
+            epoch: The last step in flight that may touch them, -1 for none.
+        """
+        which = np.asarray(blocks, dtype=np.intp)[::-1]
+        arrays = self.blocks
+        if epoch > self.retired_epoch:
+            for block in which.tolist():
+                arrays.epoch[block] = max(arrays.epoch[block], epoch)
+        arrays.refcounts[which] -= 1
+        for block in which[arrays.refcounts[which] == 0].tolist():
+            self.settle(block)
+
+    def settle(self, block: int, *, oldest: bool = False) -> None:
+        """Where a block without references goes: every path to ``FREE`` leads through here."""
+        arrays = self.blocks
+        node = arrays.node[block]
+        if node >= 0 and not self.config.keep_cached_on_gpu and not arrays.pins[block]:
+            # Its cells end with the sequence that held them.
+            self.forget(block)
+            node = -1
+        if arrays.epoch[block] > self.retired_epoch:
+            arrays.state[block] = DYING
+            arrays.dying.append((arrays.epoch[block], block))
+        elif arrays.pins[block]:
+            if arrays.state[block] != LOADING:
+                arrays.state[block] = STORING
+        elif node >= 0 and block < arrays.limit:
+            arrays.state[block] = CACHED
+            if oldest:
+                arrays.cached.push_oldest(block)
+            else:
+                arrays.cached.push_newest(block)
+        else:
+            self._free(block)
+
+    def retire(self, epoch: int) -> None:
+        """Every step up to ``epoch`` has ended: settle the blocks that waited for them."""
+        self.retired_epoch = epoch
+        arrays = self.blocks
+        waiting = len(arrays.dying)
+        for _ in range(waiting):
+            until, block = arrays.dying.popleft()
+            if arrays.state[block] != DYING or arrays.epoch[block] != until:
+                continue  # shared again since, or dying a second time
+            if until > epoch:
+                arrays.dying.append((until, block))
+            else:
+                self.settle(block)
+
+    def pin(self, block: int) -> None:
+        """One more transfer in flight names the block."""
+        self.blocks.pins[block] += 1
+
+    def unpin(self, block: int, *, oldest: bool = False) -> None:
+        """One transfer less names the block."""
+        arrays = self.blocks
+        arrays.pins[block] -= 1
+        if not arrays.pins[block] and not arrays.refcount[block] and arrays.state[block] != DYING:
+            self.settle(block, oldest=oldest)
+
+    def set_limit(self, limit: int) -> None:
+        """Use only blocks below ``limit``; cached pages above it are dropped at once."""
+        arrays = self.blocks
+        for block in arrays.cached:
+            if block >= limit:
+                arrays.cached.remove(block)
+                self.forget(block)
+                arrays.state[block] = FREE
+        arrays.set_limit(limit)
+
+    # ------------------------------------------------------------------------------- pages
+
+    def register(self, block: int, digest: bytes, before: bytes | None) -> None:
+        """``block``, which is full and held, may be shared as the page ``digest``.
+
+        Args:
+            block: The block.
+            digest: Its name.
+            before: The name of the page in front of it, None for the first.
+        """
+        arrays, index = self.blocks, self.index
+        node = index.find(digest)
+        if node < 0:
+            node = index.add(digest, -1 if before is None else index.find(before))
+        twin = index.where[Tier.GPU][node]
+        if twin < 0:
+            index.place(node, Tier.GPU, block)
+        elif arrays.state[twin] == CACHED:
+            # Nobody's table names the twin, so this block can stand for the page instead.
+            arrays.cached.remove(twin)
+            arrays.node[twin] = -1
+            index.move(node, Tier.GPU, block)
+            self._free(twin)
+        else:
+            return  # two running sequences keep a copy each; only one of them is found
+        arrays.node[block] = node
+
+    def forget(self, block: int) -> None:
+        """``block`` no longer stands for a page, if it did."""
+        node = self.blocks.node[block]
+        if node >= 0:
+            self.blocks.node[block] = -1
+            self.index.drop(node, Tier.GPU)
+
+    def clean(self, block: int) -> bool:
+        """Whether the block's page is in RAM too."""
+        slot = self.index.where[Tier.RAM][self.blocks.node[block]]
+        return slot >= 0 and self.ram.ready(slot)
+
+    def dirty_pages(self, depth: int, count: int) -> list[int]:
+        """Up to ``count`` blocks without a copy in RAM, of the ``depth`` that are evicted next."""
+        found: list[int] = []
+        in_ram = self.index.where[Tier.RAM]
+        for block in self.blocks.cached:
+            depth -= 1
+            if depth < 0 or len(found) == count:
+                break
+            if in_ram[self.blocks.node[block]] < 0:
+                found.append(block)
+        return found
+
+    def begin_write_back(self, block: int) -> None:
+        """A cached page is being copied to RAM: its block is not to be had until that has ended."""
+        self.blocks.cached.remove(block)
+        self.blocks.state[block] = STORING
+
+    # ----------------------------------------------------------------------------- private
+
+    def _free(self, block: int) -> None:
+        arrays = self.blocks
+        arrays.state[block] = FREE
+        if block < arrays.limit:
+            arrays.free.append(block)
+
+    def _evict_one(self) -> int:
+        """A cached block, rid of its page: oldest leaf first, pages also in RAM before others."""
+        cached = self.blocks.cached
+        children, node = self.index.children[Tier.GPU], self.blocks.node
+        for _ in range(cached.count):
+            block = cached.oldest()
+            if not children[node[block]]:
+                break
+            # A page that others continue is as recent as they are: to the other end with it.
+            cached.remove(block)
+            cached.push_newest(block)
+        victim = cached.oldest()
+        if self.ram.total and not self.clean(victim):
+            for block in islice(cached, _CLEAN_LOOKAHEAD):
+                if not children[node[block]] and self.clean(block):
+                    victim = block
+                    break
+        cached.remove(victim)
+        self.forget(victim)
+        return victim

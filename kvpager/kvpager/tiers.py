@@ -1,0 +1,172 @@
+"""A lower tier (RAM or disk): slots that hold pages, held by swapped sequences or merely cached."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvpager.blocks import LruList, zeros
+from kvpager.prefix import PageIndex
+from kvpager.types import Tier, TierUsage
+
+
+class SlotState(IntEnum):
+    """The life of a slot."""
+
+    FREE = 0
+    FILLING = 1
+    """A store writes it."""
+    READY = 2
+    DOOMED = 3
+    """Its content is not to be trusted, but a transfer still names it."""
+
+
+_FREE = int(SlotState.FREE)
+_FILLING = int(SlotState.FILLING)
+_READY = int(SlotState.READY)
+_DOOMED = int(SlotState.DOOMED)
+
+
+class LowerTier:
+    """Slots of one tier.
+
+    A slot is *held* by swapped-out sequences that need it to resume, and *pinned* by transfers in
+    flight. A page that is neither is cached: reclaimed leaf first, least recently used first. An
+    overwritten slot needs no instruction.
+    """
+
+    def __init__(self, tier: Tier, total: int, swap_reserve: float, index: PageIndex) -> None:
+        self.tier = tier
+        self.total = total
+        self.cache_limit = total - math.ceil(total * swap_reserve)
+        """Slots that cached pages may take, so that caching never starves swapping."""
+        self._index = index
+        self.state = zeros("b", total, _FREE)
+        self.holds = zeros("i", total)
+        self.pins = zeros("h", total)
+        self.node = zeros("i", total, -1)
+        """The page in the slot; -1 while free, or for the partial tail of a swapped sequence."""
+        self.cached = LruList(total)
+        self.free = array("i", range(total - 1, -1, -1))
+        self.held = 0
+        """Slots that at least one sequence holds."""
+        self.states: npt.NDArray[np.int8] = np.frombuffer(self.state, dtype=np.int8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of bookkeeping."""
+        arrays = (self.state, self.holds, self.pins, self.node, self.free)
+        return sum(item.itemsize for item in arrays) * self.total + self.cached.nbytes
+
+    def usage(self) -> TierUsage:
+        """Slots held or in transfer, cached, and free."""
+        cached, free = self.cached.count, len(self.free)
+        return TierUsage(self.total, self.total - cached - free, cached, free)
+
+    def ready(self, slot: int) -> bool:
+        """Whether the slot's page can be loaded."""
+        return self.state[slot] == _READY
+
+    def obtainable(self) -> int:
+        """Slots that swapping could take at once."""
+        return len(self.free) + self.cached.count
+
+    def take(self, *, swap: bool) -> int:
+        """A slot to fill, pinned once for the store that fills it; -1 if there is no room.
+
+        For caching, room is what the swap reserve leaves.
+        """
+        unheld = self.total - len(self.free) - self.held
+        if not (self.free and (swap or unheld < self.cache_limit)):
+            if not self.cached.count or (not swap and not self.cache_limit):
+                return -1
+            self._evict_one()
+        slot = self.free.pop()
+        self.state[slot] = _FILLING
+        self.pins[slot] = 1
+        return slot
+
+    def name(self, slot: int, node: int) -> None:
+        """The slot being filled will hold the page ``node``."""
+        self.node[slot] = node
+        self._index.place(node, self.tier, slot)
+
+    def hold(self, slot: int) -> None:
+        """One more swapped sequence needs the slot."""
+        self._leave_cache(slot)
+        self.holds[slot] += 1
+        if self.holds[slot] == 1:
+            self.held += 1
+
+    def unhold(self, slot: int) -> None:
+        """One swapped sequence less needs the slot."""
+        self.holds[slot] -= 1
+        if not self.holds[slot]:
+            self.held -= 1
+        self._settle(slot)
+
+    def pin(self, slot: int) -> None:
+        """One more transfer names the slot."""
+        self._leave_cache(slot)
+        self.pins[slot] += 1
+
+    def unpin(self, slot: int) -> None:
+        """One transfer less names the slot."""
+        self.pins[slot] -= 1
+        self._settle(slot)
+
+    def filled(self, slot: int) -> None:
+        """The store into the slot has ended well."""
+        if self.state[slot] == _FILLING:
+            self.state[slot] = _READY
+        self.unpin(slot)
+
+    def spoil(self, slot: int) -> None:
+        """A transfer of the slot has failed: forget its content. Nobody holds it any more."""
+        assert not self.holds[slot]
+        if self.node[slot] >= 0:
+            self._index.drop(self.node[slot], self.tier)
+            self.node[slot] = -1
+        # Other loads may still be reading it; it is free when the last of them has ended.
+        self.state[slot] = _DOOMED
+        self.unpin(slot)
+
+    def shrink_cache(self) -> None:
+        """Evict what exceeds the cache's share, once swapped pages have become cached ones."""
+        while self.cached.count and self.total - len(self.free) - self.held > self.cache_limit:
+            self._evict_one()
+
+    def _settle(self, slot: int) -> None:
+        """Where a slot goes that may have lost its last user."""
+        if self.holds[slot] or self.pins[slot]:
+            return
+        if self.state[slot] == _READY and self.node[slot] >= 0:
+            self.cached.push_newest(slot)
+            return
+        self.state[slot] = _FREE
+        self.free.append(slot)
+
+    def _leave_cache(self, slot: int) -> None:
+        if slot in self.cached:
+            self.cached.remove(slot)
+
+    def _evict_one(self) -> None:
+        """Free the least recently used cached page that no other page here continues."""
+        children = self._index.children[self.tier]
+        slot = self.cached.oldest()
+        for _ in range(self.cached.count):
+            if not children[self.node[slot]]:
+                break
+            # A page that others continue is as recent as they are: to the other end with it.
+            self.cached.remove(slot)
+            self.cached.push_newest(slot)
+            slot = self.cached.oldest()
+        self.cached.remove(slot)
+        self._index.drop(self.node[slot], self.tier)
+        self.node[slot] = -1
+        self.state[slot] = _FREE
+        self.free.append(slot)
