@@ -264,7 +264,7 @@ class _Header:
             self._refuse("is empty")
         magic = os.pread(self._fd, 4, 0)
         if magic != _MAGIC[: len(magic)]:
-            self._refuse("is not a GGUF file", {"starts_with": magic.hex()})
+            self._refuse("is not a GGUF file")
         self._take(4)
         version = self._u32()
         if version not in (2, 3):
