@@ -1,0 +1,7 @@
+"""``python -m pagedd`` is the command ``pagedd``."""
+
+from __future__ import annotations
+
+from pagedd.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""The command that starts the daemon in this process."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pagedd._paths import models_dir
+from pagedd._paths import socket_dir as default_socket_dir
+from pagedd.cli._app import EX_CONFIG, EX_UNAVAILABLE, CommandError, as_json, commands
+from pagedd.cli._pull import SMOLLM2
+
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def duration(text: str) -> float:
+    """Seconds of ``300`` or ``1h30m``, as the daemon reads ``keep_alive``; negative is for ever.
+
+    Raises:
+        click.BadParameter: It is none.
+    """
+    sign, amount = (-1, text[1:]) if text.startswith("-") else (1, text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", amount)
+    if re.fullmatch(r"\d+(\.\d+)?", amount):
+        seconds = float(amount)
+    elif parts and "".join(number + unit for number, unit in parts) == amount:
+        seconds = sum(float(number) * _UNIT_S[unit] for number, unit in parts)
+    else:
+        raise click.BadParameter(f"'{text}' is no duration like 300, 5m or 1h30m")
+    return math.inf if sign < 0 and seconds else seconds
+
+
+_COUNT = click.IntRange(min=0)
+
+
+@commands.command()
+@click.option(
+    "--model",
+    envvar="PAGEDD_MODEL",
+    metavar="NAME|PATH",
+    help="What requests get that name no model. [default: what 'pagedd pull' got]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "llama.cpp", "simulated"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--kv-tokens", type=_COUNT, default=0, help="Size of the pool. [default: by memory]")
+@click.option(
+    "--socket-dir",
+    type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
+    help="Directory of the two sockets. [default: $XDG_RUNTIME_DIR/pagedd]",
+)
+@click.option(
+    "--ram-gb",
+    type=click.FloatRange(min=0),
+    help="RAM for KV that is swapped out or cached. [default: a quarter]",
+)
+@click.option("--threads", type=_COUNT, default=0, help="[default: the physical cores]")
+@click.option("--context", type=_COUNT, default=0, help="Longest sequence. [default: the model's]")
+@click.option(
+    "--keep-alive",
+    type=duration,
+    envvar="PAGEDD_KEEP_ALIVE",
+    default="5m",
+    show_default=True,
+    help="How long an idle model stays loaded; -1 for ever.",
+)
+@click.option(
+    "--drain",
+    type=duration,
+    default="30s",
+    show_default=True,
+    help="How long streams may go on after SIGTERM.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+)
+@click.option("--simulated-step-us", type=_COUNT, default=1000, hidden=True)
+@click.option("--simulated-token-us", type=_COUNT, default=0, hidden=True)
+@as_json
+def serve(
+    model: str | None,
+    socket_dir: Path | None,
+    ram_gb: float | None,
+    context: int,
+    keep_alive: float,
+    drain: float,
+    json_: bool,
+    **others: Any,
+) -> int:
+    """Run the daemon until SIGTERM, Ctrl-C or 'pagedd shutdown'.
+
+    With --json only an error is printed, as JSON; the log goes to standard error either way.
+    """
+    config, server = _daemon()
+    memory = {} if ram_gb is None else {"ram_bytes": int(ram_gb * 10**9)}
+    try:
+        settings = config.Settings(
+            socket_dir=socket_dir or default_socket_dir(),
+            model=model or _pulled(others["backend"]),
+            context_tokens=context,
+            keep_alive_s=keep_alive,
+            drain_s=drain,
+            **memory,
+            **others,
+        )
+    except config.ConfigError as error:
+        raise CommandError(str(error), code="E_CONFIG", exit_code=EX_CONFIG) from None
+    return int(server.main(settings))
+
+
+def _daemon() -> tuple[Any, Any]:
+    """The daemon's modules. By name: the client is installed without the daemon's libraries too,
+    and imports point from the daemon to the client.
+
+    Raises:
+        CommandError: The daemon's libraries are not installed.
+    """
+    try:
+        return (
+            importlib.import_module("pagedd_daemon.front.config"),
+            importlib.import_module("pagedd_daemon.front.server"),
+        )
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"the daemon needs the Python package '{error.name}', which is not installed",
+            code="E_NOT_INSTALLED",
+            exit_code=EX_UNAVAILABLE,
+            advice="Install it with: pip install 'pagedd[cpu]'",
+        ) from None
+
+
+def _pulled(backend: str) -> str | None:
+    """The model that ``pagedd pull`` got, if it did."""
+    path = models_dir() / SMOLLM2.file
+    if backend == "simulated" or not path.is_file():
+        return None
+    return str(path)
