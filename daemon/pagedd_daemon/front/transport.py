@@ -329,7 +329,7 @@ class ZmqTransport:
     def _hello(self, route: bytes, user: Credentials, frame: zmq.Frame, hello: r.Hello) -> None:
         if route in self._peers:
             raise WireError("E_HELLO", "this connection has said hello already")
-        refuse_identity(frame)
+        refuse_identity(route)
         # What libzmq says of a connection precedes its messages; so is it gone already?
         self._data.drain_monitor()
         fd = int(frame.get(zmq.SRCFD))
@@ -435,7 +435,7 @@ class ZmqTransport:
 
         id = ""
         try:
-            refuse_identity(frames[-1])
+            refuse_identity(route)
             message = wire.decode([frame.bytes for frame in frames], self._limits)
             request = wire.parse_control(message, self._limits)
             id = request.id
