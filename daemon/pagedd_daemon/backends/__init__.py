@@ -26,6 +26,6 @@ def load_backend(configure: Configure, progress: Callable[[float], None]) -> Bac
         from pagedd_daemon.backends.simulated import SimulatedBackend
 
         return SimulatedBackend.from_configure(configure)
-    from pagedd_daemon.backends.base import ModelLoadError
+    from pagedd_daemon.backends.llama import LlamaBackend
 
-    raise ModelLoadError(f"there is no backend {configure.backend!r}")
+    return LlamaBackend.load(configure, progress)

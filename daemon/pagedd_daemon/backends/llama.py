@@ -1,0 +1,395 @@
+"""llama.cpp on the CPU, behind the pager.
+
+One context with many sequences and one pool of cells. llama.cpp shares cells by token and knows no
+blocks, so the pager's blocks are virtual: they decide who may run, who shares and who is swapped,
+and `Holders` translates them. The cells in use are never more than the pager counts, since two
+sequences that share a partial block share its cells too.
+
+Pages go to RAM through a temporary sequence id: copy the membership of a range to it (no cell is
+copied), save it, drop it. They come back the same way. Transfers are over when `apply` returns.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from kvpager.types import Attach, CopyBlock, Instruction, Load, Page, Release, Store, Tier, Trim
+from pagedd_daemon.backends import llama_api as api
+from pagedd_daemon.backends.base import (
+    Capabilities,
+    Handle,
+    MemoryReport,
+    ModelLoadError,
+    Run,
+    Step,
+    StepFaultError,
+    StepResult,
+    TransferResult,
+)
+from pagedd_daemon.backends.extents import EXTENT_PAGES, Extent, Extents, Span
+from pagedd_daemon.backends.holders import Holders
+from pagedd_daemon.engine.sampler import Drawn, draw
+from pagedd_daemon.messages import Configure
+
+BLOCK_TOKENS = 16
+STEP_TOKENS = 512
+"""Larger chunks compute no faster (see `benchmarks`), and a step cannot be cancelled."""
+TEMPORARY_IDS = 4
+"""Sequence ids kept back for saving, restoring and packing."""
+_SAVE, _PACK = api.SEQUENCE_IDS - 1, api.SEQUENCE_IDS - 2
+_CONTEXTS = 4
+"""Sequences of full length that the first tier has room for, unless memory is short."""
+_MEMORY_SHARE = 0.25
+"""Of the memory that is available, what the first tier may take by itself."""
+_STATE_OVERHEAD = 1 << 20
+"""Bytes of a saved extent beside its keys and values, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    step: Step
+    rows: int
+    status: int
+    seconds: float
+
+
+class LlamaBackend:
+    """See the module. Implements `pagedd_daemon.backends.base.Backend`."""
+
+    def __init__(
+        self, model: api.Model, context: api.Context, caps: Capabilities, ram_bytes: int
+    ) -> None:
+        """Use `load`."""
+        self._model = model
+        self._context = context
+        self._caps = caps
+        self._free_ids = list(range(api.SEQUENCE_IDS - TEMPORARY_IDS - 1, -1, -1))
+        self._ids: dict[int, int] = {}
+        self._holders = Holders(caps.block_tokens)
+        self._extents = Extents(ram_bytes)
+        window = model.window_tokens
+        # Saving leaves out cells that the saved id's own window masks, so an extent must fit in it.
+        self._extent_pages = max(1, min(EXTENT_PAGES, window // BLOCK_TOKENS or EXTENT_PAGES))
+        extent_bytes = self._extent_pages * caps.block_bytes + _STATE_OVERHEAD
+        self._scratch = np.empty(extent_bytes, np.uint8)
+        self._ended: list[TransferResult] = []
+        self._closed = False
+
+    @classmethod
+    def load(cls, configure: Configure, progress: Callable[[float], None]) -> LlamaBackend:
+        """Load the model and allocate the pool.
+
+        Args:
+            configure: ``kv_tokens`` 0 lets the memory of the machine decide.
+            progress: Called with the fraction of the weights that is read.
+
+        Raises:
+            ModelLoadError: The file is no model llama.cpp can serve in pages, or memory is short.
+        """
+        path = configure.model_path
+        if configure.kv_dtype not in api.KV_TYPES:
+            raise ModelLoadError(
+                f"KV type {configure.kv_dtype!r} is not served",
+                {"kv_dtype": configure.kv_dtype, "served": sorted(api.KV_TYPES)},
+            )
+        try:
+            model = api.Model(path, progress)
+        except OSError as error:
+            details = {"path": path, "messages": list(api.messages().recent)}
+            raise ModelLoadError(str(error), details) from error
+        reason = model.unsupported()
+        if reason is not None:
+            model.close()
+            raise ModelLoadError(f"{path} cannot be served: {reason}", {"path": path})
+        try:
+            return cls._with_pool(model, configure)
+        except ModelLoadError:
+            model.close()
+            raise
+
+    @classmethod
+    def _with_pool(cls, model: api.Model, configure: Configure) -> LlamaBackend:
+        token_bytes = model.kv_values_per_token() * api.KV_TYPES[configure.kv_dtype][1]
+        wanted = configure.context_tokens or model.context_tokens
+        blocks = _choose_blocks(configure.kv_tokens, wanted, token_bytes)
+        pool_bytes = blocks * BLOCK_TOKENS * token_bytes
+        available = psutil.virtual_memory().available
+        figures = {"kv_tokens": blocks * BLOCK_TOKENS, "kv_bytes": pool_bytes}
+        if blocks < 2 or pool_bytes > available:
+            raise ModelLoadError(
+                f"a pool of {blocks * BLOCK_TOKENS} tokens takes {pool_bytes} bytes, "
+                f"{available} are available",
+                {**figures, "available_bytes": available},
+            )
+        threads = configure.threads or _physical_cores()
+        # While an extent is being restored it takes cells beside those of the blocks.
+        options = api.ContextOptions(
+            cells=(blocks + EXTENT_PAGES) * BLOCK_TOKENS,
+            step_tokens=STEP_TOKENS,
+            threads=threads,
+            kv_type=configure.kv_dtype,
+            flash_attention=configure.flash_attention,
+        )
+        try:
+            context = api.Context(model, options)
+        except MemoryError as error:
+            details = {**figures, "messages": list(api.messages().recent)}
+            raise ModelLoadError(str(error), details) from error
+        block_bytes = BLOCK_TOKENS * token_bytes
+        caps = Capabilities(
+            name="llama.cpp",
+            device=f"CPU ({threads} thread{'s' if threads > 1 else ''})",
+            model_digest=configure.model_digest,
+            kv_dtype=configure.kv_dtype,
+            vocab_size=model.vocab_size,
+            context_tokens=min(wanted, (blocks - 1) * BLOCK_TOKENS),
+            eog_tokens=model.eog_tokens(),
+            gpu_blocks=blocks,
+            ram_blocks=Extents.slots_for(configure.ram_bytes, block_bytes),
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=block_bytes,
+            max_sequences=api.SEQUENCE_IDS - TEMPORARY_IDS,
+            max_step_tokens=STEP_TOKENS,
+            keep_cached_on_gpu=False,
+        )
+        return cls(model, context, caps, configure.ram_bytes)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `Backend`."""
+        return self._caps
+
+    # ------------------------------------------------------------------------------------- memory
+
+    def apply(self, instructions: Iterable[Instruction]) -> None:
+        """See `Backend`."""
+        for instruction in instructions:
+            match instruction:
+                case Attach():
+                    self._attach(instruction)
+                case CopyBlock(seq=seq, index=index, dst=dst):
+                    self._holders.put(seq, index, (dst,), self._holders.length(seq))
+                case Store():
+                    self._finish(instruction, self._store(instruction))
+                case Load():
+                    self._finish(instruction, self._load(instruction))
+                case Trim(seq=seq, length=length):
+                    if seq in self._ids:
+                        self._context.remove(self._ids[seq], length)
+                        self._holders.trim(seq, length)
+                case Release(seq=seq):
+                    if seq in self._ids:
+                        identity = self._ids.pop(seq)
+                        self._context.remove(identity)
+                        self._free_ids.append(identity)
+                        self._holders.release(seq)
+                case _:
+                    pass
+
+    def _id(self, seq: int) -> int:
+        """The sequence's id in llama.cpp, given to it when it first holds something."""
+        identity = self._ids.get(seq)
+        if identity is None:
+            assert self._free_ids, "the pager let in more sequences than there are ids"
+            identity = self._ids[seq] = self._free_ids.pop()
+        return identity
+
+    def _attach(self, a: Attach) -> None:
+        end = a.first * BLOCK_TOKENS + a.tokens
+        mine = self._id(a.seq)
+        for holder, start, stop in self._holders.find(a.seq, a.first, a.blocks, end):
+            self._context.share(self._ids[holder], mine, start, stop)
+        self._holders.put(a.seq, a.first, a.blocks, end)
+
+    def _finish(self, transfer: Store | Load, ok: bool) -> None:
+        self._ended.append(TransferResult(transfer.transfer, ok))
+
+    def _store(self, store: Store) -> bool:
+        assert store.tier is Tier.RAM
+        source = self._ids.get(store.seq)
+        if source is None:
+            return False
+        for group in _neighbours(store.pages, self._extent_pages):
+            spans = {page.slot: _span(page) for page in group}
+            start, end = _span(group[0])[0], _span(group[-1])[1]
+            self._context.share(source, _SAVE, start, end)
+            saved = self._save(_SAVE, start, end, end - start)
+            if saved is None:
+                return False
+            self._extents.put(saved, spans)
+        while (extent := self._extents.wasteful()) is not None:
+            self._pack(extent)
+        return True
+
+    def _save(self, identity: int, start: int, end: int, tokens: int) -> Extent | None:
+        """Save a temporary id, which must hold positions start to end - 1, and empty it."""
+        whole = self._context.held(identity) == (start, end - 1)
+        size = self._context.save(identity, self._scratch) if whole else 0
+        self._context.remove(identity)
+        return Extent(self._scratch[:size].copy(), tokens) if size else None
+
+    def _pack(self, extent: Extent) -> None:
+        """Save again what slots stand for of an extent, and let go of the rest."""
+        slots = dict(extent.slots)
+        spans = sorted(slots.values())
+        packed = None
+        if self._context.restore(_SAVE, extent.data):
+            for start, end in spans:
+                self._context.share(_SAVE, _PACK, start, end)
+            tokens = sum(end - start for start, end in spans)
+            packed = self._save(_PACK, spans[0][0], spans[-1][1], tokens)
+        self._context.remove(_SAVE)
+        assert packed is not None, "an extent that was saved cannot be restored"
+        self._extents.put(packed, slots)
+
+    def _load(self, load: Load) -> bool:
+        assert load.tier is Tier.RAM
+        mine = self._id(load.seq)
+        ok = all(self._restore(group, mine) for group in self._by_extent(load.pages))
+        if not ok:
+            for page in load.pages:
+                self._context.remove(mine, *_span(page))
+            return False
+        for page in load.pages:
+            self._holders.put(load.seq, page.index, (page.block,), _span(page)[1])
+        return True
+
+    def _by_extent(self, pages: Iterable[Page]) -> list[list[Page]]:
+        """Pages that one restore brings back, together."""
+        groups: dict[int, list[Page]] = {}
+        for page in pages:
+            groups.setdefault(id(self._extents.at(page.slot)), []).append(page)
+        return list(groups.values())
+
+    def _restore(self, pages: list[Page], target: int) -> bool:
+        """Bring pages of one extent back into ``target``."""
+        extent = self._extents.at(pages[0].slot)
+        if extent is None or any(not _within(_span(p), extent.slots[p.slot]) for p in pages):
+            return False
+        ok = self._context.restore(_SAVE, extent.data)
+        if ok:
+            for start, end in _join(sorted(_span(page) for page in pages)):
+                self._context.share(_SAVE, target, start, end)
+        self._context.remove(_SAVE)
+        return ok
+
+    def poll_transfers(self) -> list[TransferResult]:
+        """See `Backend`."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def memory(self) -> MemoryReport:
+        """See `Backend`."""
+        caps = self._caps
+        pool = self._context.cells * caps.block_bytes // caps.block_tokens
+        return MemoryReport(self._model.size_bytes, pool, self._extents.bytes)
+
+    def close(self) -> None:
+        """See `Backend`."""
+        if not self._closed:
+            self._closed = True
+            self._extents.clear()
+            self._context.close()
+            self._model.close()
+
+    # --------------------------------------------------------------------------------------- step
+
+    def launch(self, step: Step) -> _Handle:
+        """See `Backend`. On the CPU the work is done when this returns."""
+        begin = time.perf_counter()
+        tokens, rows = self._fill(step.runs)
+        status = self._context.decode(tokens)
+        if status == 0:
+            for run in step.runs:
+                end = run.start + len(run.tokens)
+                self._holders.grow(run.seq, run.block_table, end)
+        else:
+            # llama.cpp has removed some of the step's cells, or all or none: no matter which.
+            for run in step.runs:
+                self._context.remove(self._ids[run.seq], run.start)
+        return _Handle(step, rows, status, time.perf_counter() - begin)
+
+    def _fill(self, runs: list[Run]) -> tuple[int, int]:
+        """Write the batch; returns its tokens and the rows of logits it will give."""
+        context = self._context
+        total = rows = 0
+        for run in runs:
+            start, n = run.start, len(run.tokens)
+            end = total + n
+            context.tokens[total:end] = run.tokens
+            context.positions[total:end] = start if n == 1 else np.arange(start, start + n)
+            context.sequences[total:end] = self._id(run.seq)
+            context.wanted[total:end] = 0
+            if run.draws:
+                context.wanted[end - 1] = 1
+                rows += 1
+            total = end
+        assert total <= self._caps.max_step_tokens
+        return total, rows
+
+    def collect(self, handle: Handle) -> StepResult:
+        """See `Backend`."""
+        assert isinstance(handle, _Handle)
+        step = handle.step
+        if handle.status != 0:
+            raise StepFaultError(f"llama_decode returned {handle.status}")
+        begin = time.perf_counter()
+        drawn: list[tuple[int, Drawn]] = []
+        if handle.rows:
+            runs = [run for run in step.runs if run.draws]
+            wanted = [(row, one.sampler) for row, run in enumerate(runs) for one in run.draws]
+            results = draw(self._context.logits(handle.rows), wanted)
+            seqs = (one.seq for run in runs for one in run.draws)
+            drawn = list(zip(seqs, results, strict=True))
+        return StepResult(step.epoch, drawn, handle.seconds + time.perf_counter() - begin)
+
+
+def _physical_cores() -> int:
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return max(1, min(cores, len(os.sched_getaffinity(0))))
+
+
+def _choose_blocks(kv_tokens: int, context_tokens: int, token_bytes: int) -> int:
+    """Blocks of the first tier: as configured, or by the memory of the machine."""
+    if kv_tokens:
+        return kv_tokens // BLOCK_TOKENS
+    affordable = int(psutil.virtual_memory().available * _MEMORY_SHARE) // token_bytes
+    return min(_CONTEXTS * context_tokens, affordable) // BLOCK_TOKENS
+
+
+def _span(page: Page) -> Span:
+    start = page.index * BLOCK_TOKENS
+    return start, start + page.tokens
+
+
+def _within(inner: Span, outer: Span) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _neighbours(pages: Iterable[Page], most: int) -> list[list[Page]]:
+    """Pages in runs without a gap between their tokens, of at most ``most`` pages."""
+    groups: list[list[Page]] = []
+    for page in sorted(pages, key=lambda p: p.index):
+        last = groups[-1] if groups else []
+        if last and len(last) < most and _span(last[-1])[1] == _span(page)[0]:
+            last.append(page)
+        else:
+            groups.append([page])
+    return groups
+
+
+def _join(spans: Iterable[Span]) -> list[Span]:
+    """Sorted spans, those that touch made one."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
