@@ -198,6 +198,7 @@ class _Header:
         alignment = self._alignment(values)
         tensors = [self._tensor(alignment) for _ in range(tensor_count)]
         end = self._position()
+        self._bound_header(end)  # it may have fitted into the first window
         data = -(-end // alignment) * alignment
         self._check_data(tensors, data)
         return self._summary(version, values, tensors, data, self._digest(end))
@@ -408,11 +409,7 @@ class _Header:
         start = self._position()
         if start + count > self._size:
             self._truncated(start + count)
-        if start + count > self._limits.header_bytes:
-            self._refuse(
-                f"has a header of more than {self._limits.header_bytes} bytes",
-                {"limit": self._limits.header_bytes},
-            )
+        self._bound_header(start + count)
         self._hash.update(self._window[: self._at])
         kept = self._window[self._at :]
         parts, have = [kept], len(kept)
@@ -464,6 +461,11 @@ class _Header:
     def _bound(self, value: int, limit: int, what: str) -> None:
         if value > limit:
             self._refuse(f"claims {value} {what}; {limit} is the limit", {"limit": limit})
+
+    def _bound_header(self, end: int) -> None:
+        limit = self._limits.header_bytes
+        if end > limit:
+            self._refuse(f"has a header of more than {limit} bytes", {"limit": limit})
 
     def _truncated(self, needed: int) -> NoReturn:
         self._refuse(
