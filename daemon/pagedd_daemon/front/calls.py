@@ -1,0 +1,169 @@
+"""Requests of connections: who has which live, and what finished ones were answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from pagedd_daemon.front.accounts import Account
+from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.journal import Journal, Remembered
+from pagedd_daemon.front.limits import Limits
+from pagedd_daemon.front.models import Lease, Timer
+from pagedd_daemon.front.ports import Connection, Transport
+from pagedd_daemon.front.requests import Generation, Request
+from pagedd_daemon.front.sessions import Sessions
+
+REMEMBERED_BYTES = 16 * 2**20
+"""Budget of all events kept of finished requests: a fifth of what the front may take."""
+
+
+class Call:
+    """One request of a connection, and the events it was answered with."""
+
+    def __init__(self, transport: Transport, connection: Connection, request: Request) -> None:
+        self.connection = connection
+        self.id = request.id
+        self.request: Request | None = request
+        """None once it is over: then only the digest is kept."""
+        self.digest = b""
+        self.journal = Journal(self.id)
+        self.over = False
+        """Its last event was sent, or its client has gone."""
+        self.lease: Lease | None = None
+        """On the model it needs."""
+        self._transport = transport
+        self._seq = 0
+
+    def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Send the next event, and keep it for a resend."""
+        event = {"id": self.id, "seq": self._seq, "type": kind, **fields}
+        self._seq += 1
+        self.journal.append(event)
+        self._transport.send(self.connection, event)
+
+    def emit_error(self, error: WireError) -> None:
+        """Send the event that ends the request with an error."""
+        event = error.as_event(self.id, self._seq)
+        self._seq += 1
+        self.journal.append(event)
+        self._transport.send(self.connection, event)
+
+    def resend(self, after: int) -> None:
+        """Send again every event with ``seq`` above ``after``."""
+        for event in self.journal.since(after):
+            self._transport.send(self.connection, event)
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """What the service keeps of a connection."""
+
+    connection: Connection
+    account: Account
+    sessions: Sessions
+    live: dict[str, Call] = field(default_factory=dict)
+    finished: dict[str, Call] = field(default_factory=dict)
+    """Over, oldest first, and remembered for a resend."""
+    slow: Timer | None = None
+    """Runs while the client does not read."""
+
+
+class Calls:
+    """Every request that is live or remembered."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._remembered = Remembered(REMEMBERED_BYTES)
+        self._live = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.peers: dict[Connection, Peer] = {}
+
+    async def idle(self) -> None:
+        """Wait until no request is live."""
+        await self._idle.wait()
+
+    def live(self) -> list[Call]:
+        """Of all connections."""
+        return [call for peer in self.peers.values() for call in peer.live.values()]
+
+    def admit(self, peer: Peer) -> None:
+        """Check that one more request may come in.
+
+        Raises:
+            WireError: ``E_BUSY``.
+        """
+        for live, limit in (
+            (len(peer.live), "requests_per_connection"),
+            (self._live, "requests_total"),
+        ):
+            at_most = getattr(self._limits, limit)
+            if live >= at_most:
+                raise WireError(
+                    "E_BUSY",
+                    f"{live} requests are live, the limit is {at_most}",
+                    details={"limit": limit, "value": live, "max": at_most},
+                )
+
+    def answered_before(self, peer: Peer, request: Request) -> bool:
+        """Whether the request is a resend. If so, what it was answered with is sent again.
+
+        Raises:
+            WireError: ``E_DUPLICATE``: it is another request. ``E_LIMIT``: it was too long ago.
+        """
+        call = peer.live.get(request.id) or peer.finished.get(request.id)
+        if call is None:
+            return False
+        known = call.digest if call.request is None else _digest(call.request)
+        if known != _digest(request):
+            raise WireError("E_DUPLICATE", "this id is in use by a different request")
+        if call.journal.forgotten:
+            raise WireError(
+                "E_LIMIT",
+                "the answer to this request is no longer remembered",
+                details={"limit": "remembered_bytes", "max": REMEMBERED_BYTES},
+            )
+        call.resend(request.after if isinstance(request, Generation) else -1)
+        return True
+
+    def add(self, peer: Peer, call: Call) -> None:
+        """A request begins."""
+        peer.live[call.id] = call
+        self._live += 1
+        self._idle.clear()
+
+    def over(self, call: Call) -> None:
+        """A request is over: remember its events for a while."""
+        self._live -= 1
+        if not self._live:
+            self._idle.set()
+        peer = self.peers.get(call.connection)
+        if peer is None:
+            return
+        assert call.request is not None
+        call.digest, call.request = _digest(call.request), None
+        del peer.live[call.id]
+        peer.finished[call.id] = call
+        self._remembered.add(call.journal)
+        if len(peer.finished) > self._limits.remembered_requests:
+            oldest = peer.finished.pop(next(iter(peer.finished)))
+            self._remembered.forget(oldest.journal)
+
+    def forget(self, peer: Peer) -> None:
+        """The connection is gone."""
+        del self.peers[peer.connection]
+        for call in peer.finished.values():
+            self._remembered.forget(call.journal)
+
+
+def _digest(request: Request) -> bytes:
+    """Names everything the request asks, but for which of its events were received already."""
+    asked = [request.verb, request.model_dump(exclude={"after"})]
+    packed: bytes = msgpack.packb(asked)
+    return hashlib.blake2b(packed, digest_size=16).digest()

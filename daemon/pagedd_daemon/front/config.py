@@ -1,0 +1,97 @@
+"""What the daemon is told at its start."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BACKENDS = ("auto", "llama.cpp", "simulated")
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the daemon exits 78 (``EX_CONFIG``)."""
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: the machine's, or less where a control group says so."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = Path("/sys/fs/cgroup", limit).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def _quarter_of_memory() -> int:
+    return memory_bytes() // 4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of one daemon, fixed for its life."""
+
+    socket_dir: Path
+    """Directory of the two sockets and the lock; made with mode 0700 where it is missing."""
+    model: str | None = None
+    """Name or path of the model that requests without one get, loaded in the background at start;
+    None: requests must name one."""
+    backend: str = "auto"
+    """``auto`` (llama.cpp for a GGUF model, simulated for a simulated one), ``llama.cpp`` or
+    ``simulated`` (deterministic tokens and no weights, whatever the model)."""
+    kv_tokens: int = 0
+    """Tokens of the first KV tier; 0: chosen by the engine from the memory of the machine."""
+    ram_bytes: int = field(default_factory=_quarter_of_memory)
+    """Bytes the RAM tier of KV may take. A quarter of the memory by default: the desktop, the
+    weights and the page cache that holds them need the rest."""
+    threads: int = 0
+    """CPU threads of llama.cpp; 0: the number of physical cores."""
+    context_tokens: int = 0
+    """The longest sequence to serve, in tokens; 0: what the model was trained with."""
+    keep_alive_s: float = 300.0
+    """Seconds a model stays loaded after its last request, unless the request says otherwise;
+    ``inf``: for ever; 0: not at all. Five minutes is what users of other desktop servers know."""
+    log_level: str = "info"
+    """``debug``, ``info``, ``warning`` or ``error``. Prompts are logged at no level."""
+    drain_s: float = 30.0
+    """Seconds live streams get to end by themselves after SIGTERM or ``shutdown``; well below the
+    90 s after which service managers kill."""
+    simulated_step_us: int = 1000
+    """Simulated backend only: fixed part of a step's time, in microseconds."""
+    simulated_token_us: int = 0
+    """Simulated backend only: further microseconds per input token of a step."""
+
+    def __post_init__(self) -> None:
+        """Check what a person may have typed.
+
+        Raises:
+            ConfigError: Naming the setting.
+        """
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ConfigError(f"unknown log level {self.log_level!r}")
+        for name in (
+            "kv_tokens",
+            "ram_bytes",
+            "threads",
+            "context_tokens",
+            "simulated_step_us",
+            "simulated_token_us",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative")
+        for name in ("keep_alive_s", "drain_s"):
+            value = getattr(self, name)
+            if math.isnan(value) or value < 0:
+                raise ConfigError(f"{name} must be a number of seconds, 0 or more")
+
+
+def cuda_device_present(exists: Callable[[str], bool] = os.path.exists) -> bool:
+    """Whether the NVIDIA driver offers a GPU that this version will not use."""
+    return exists("/dev/nvidia0") or exists("/dev/dxg")

@@ -1,0 +1,110 @@
+"""What each request was answered with, kept so that a resend finds it again.
+
+Protocol section 6: a client that misses a sequence number sends its request again and gets every
+event above the last one it has. Live requests keep all their events, finished ones are kept as long
+as the connection remembers them and the budget of the daemon lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+
+from pagedd_daemon.front.ports import Event
+
+_BATCH = 128
+"""Events packed together. A chunk is about 600 bytes as a dict and 30 packed: without this, sixteen
+streams of 8,192 tokens would take the whole memory the front may have."""
+
+
+class Journal:
+    """The events of one request, in order; event ``i`` has ``seq`` ``i``."""
+
+    __slots__ = ("_id", "_packed", "_tail", "forgotten", "size_bytes")
+
+    def __init__(self, request_id: str) -> None:
+        self._id = request_id
+        self.forgotten = False
+        """The events were dropped to stay within the budget."""
+        self._packed: list[bytes] = []
+        self._tail: list[Event] = []
+        self.size_bytes = 0
+        """Bytes of the packed part."""
+
+    def append(self, event: Event) -> None:
+        """Keep the next event."""
+        self._tail.append(event)
+        if len(self._tail) == _BATCH:
+            self.pack()
+
+    def pack(self) -> None:
+        """Pack what is not packed yet. Only the last batch may be shorter than the others, so
+        this is for the last event of the request."""
+        if self._tail:
+            batch: bytes = msgpack.packb([_compact(event) for event in self._tail])
+            self._packed.append(batch)
+            self.size_bytes += len(batch)
+            self._tail = []
+
+    def forget(self) -> None:
+        """Drop every event."""
+        self._packed, self._tail, self.size_bytes, self.forgotten = [], [], 0, True
+
+    def since(self, after: int) -> Iterator[Event]:
+        """Every event with ``seq`` above ``after``."""
+        first, skip = divmod(after + 1, _BATCH)
+        seq = first * _BATCH
+        for batch in self._packed[first:]:
+            for values in msgpack.unpackb(batch, strict_map_key=False):
+                if skip:
+                    skip -= 1
+                else:
+                    yield self._expand(seq, values)
+                seq += 1
+        if first <= len(self._packed):
+            yield from self._tail[skip:]
+
+    def _expand(self, seq: int, values: Any) -> Event:
+        event: dict[str, Any] = {"id": self._id, "seq": seq}
+        if isinstance(values, list):
+            event |= {"type": "chunk", "index": values[0], "text": values[1], "tokens": values[2]}
+            if len(values) > 3:
+                event["logprobs"] = values[3]
+        else:
+            event |= values
+        return event
+
+
+class Remembered:
+    """The journals of finished requests of all connections, within one budget of bytes."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget = budget_bytes
+        self._journals: dict[Journal, None] = {}
+        self.size_bytes = 0
+
+    def add(self, journal: Journal) -> None:
+        """Keep a finished journal; the oldest are forgotten where the budget is passed."""
+        journal.pack()
+        self._journals[journal] = None
+        self.size_bytes += journal.size_bytes
+        while self.size_bytes > self._budget:
+            self.forget(next(iter(self._journals)))
+
+    def forget(self, journal: Journal) -> None:
+        """Drop a journal's events, whether they were kept until now or not."""
+        if journal in self._journals:
+            del self._journals[journal]
+            self.size_bytes -= journal.size_bytes
+        journal.forget()
+
+
+def _compact(event: Event) -> Any:
+    if event["type"] != "chunk":
+        return {key: value for key, value in event.items() if key not in ("id", "seq")}
+    values = [event["index"], event["text"], event["tokens"]]
+    if "logprobs" in event:
+        values.append(event["logprobs"])
+    return values

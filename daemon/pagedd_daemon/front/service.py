@@ -1,0 +1,433 @@
+"""What requests mean: the front's answer to every verb.
+
+The transport hands over validated requests and takes events. Models, streams, sessions and status
+each have a module of their own; this one joins them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import secrets
+from array import array
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.accounts import Accounts
+from pagedd_daemon.front.calls import Call, Calls, Peer
+from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
+from pagedd_daemon.front.engine_link import Message
+from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.limits import Limits
+from pagedd_daemon.front.models import (
+    Clock,
+    Conversation,
+    Entry,
+    Lease,
+    Model,
+    Models,
+    Source,
+)
+from pagedd_daemon.front.ports import Connection, Event, Transport
+from pagedd_daemon.front.sessions import Sessions, Turn
+from pagedd_daemon.front.status import Board
+from pagedd_daemon.front.streams import Stream, Streams, check_ids
+from pagedd_daemon.messages import Snapshot, StepReport
+
+log = logging.getLogger("pagedd.service")
+
+SLOW_FACTOR = 64
+"""A client that does not read is given up at this many times the output limit."""
+
+SLOW_S = 600.0
+"""A client that does not read is given up after this many seconds."""
+
+_SLICE = 4096
+"""Token ids turned into text before other work gets its turn."""
+
+
+class FrontService:
+    """Implements `pagedd_daemon.front.ports.Service`."""
+
+    transport: Transport
+    """Set before the transport starts; the two need each other."""
+
+    def __init__(
+        self,
+        source: Source,
+        clock: Clock,
+        limits: Limits,
+        *,
+        version: str,
+        default: Entry | None = None,
+        keep_alive_s: float = 300.0,
+        on_shutdown: Callable[[bool], None],
+    ) -> None:
+        """``on_shutdown`` hears of a client that asked the daemon to end, and whether to drain."""
+        self._source = source
+        self._clock = clock
+        self._limits = limits
+        self._default = default
+        self._version = version
+        self._on_shutdown = on_shutdown
+        self._secret = secrets.token_bytes(32)
+        self._calls = Calls(limits)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.models = Models(
+            source, clock, default, keep_alive_s, self._engine_said, self._engine_lost
+        )
+        self._accounts = Accounts()
+        self._streams = Streams(self.models, clock, self._salt, self._stream_over)
+        self.board = Board(self.models, self._streams, self._accounts, clock, version)
+
+    # ------------------------------------------------------------ life of the daemon
+
+    def preload(self) -> None:
+        """Begin to load the configured model; requests need not wait for this call."""
+        if self._default is not None:
+            lease = Lease(lambda model: self.models.release(lease), lambda error: None)
+            self.models.acquire(lease, self._default)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self.board.draining = True
+
+    async def idle(self) -> None:
+        """Wait until no request is live."""
+        await self._calls.idle()
+
+    async def stop(self, grace_s: float) -> None:
+        """End what is still live, then the engine."""
+        for call in self._calls.live():
+            self._fail(call, WireError("E_DRAINING", "the daemon has shut down"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.models.stop(grace_s)
+
+    # ------------------------------------------------------------ from the transport
+
+    def opened(self, connection: Connection) -> dict[str, Any]:
+        """See `ports.Service`."""
+        account = self._accounts.open(connection.uid, connection.app, connection.priority)
+        sessions = Sessions(self._limits.sessions_per_connection)
+        self._calls.peers[connection] = Peer(connection, account, sessions)
+        model = self.models.current
+        return {
+            "server": self._version,
+            "model": _described(model.entry, True) if model else None,
+            "notice": self.board.notice,
+        }
+
+    def request(self, connection: Connection, request: r.DataRequest) -> None:
+        """See `ports.Service`."""
+        peer = self._calls.peers[connection]
+        try:
+            if self._calls.answered_before(peer, request):
+                return
+            self._admit(peer)
+        except WireError as error:
+            self.transport.send(connection, error.as_event(request.id, 0))
+            return
+        call = self._call(peer, request)
+        self._calls.add(peer, call)
+        self._guard(call, lambda: self._start(peer, call, request))
+
+    def control(
+        self,
+        uid: int,
+        request: r.ControlRequest,
+        connection: Connection | None,
+        reply: Callable[[Event], None],
+    ) -> None:
+        """See `ports.Service`."""
+
+        def result(fields: dict[str, Any]) -> None:
+            reply({"id": request.id, "seq": 0, "type": "result", **fields})
+
+        if isinstance(request, r.Cancel):
+            result({"cancelled": self._cancel(uid, request, connection)})
+        elif isinstance(request, r.Status):
+            self.board.fresh(lambda: result(self.board.status()))
+        elif isinstance(request, r.Stats):
+            self.board.fresh(lambda: result(self.board.stats()))
+        elif isinstance(request, r.Ping):
+            result(self.board.ping())
+        else:
+            result({})
+            self._on_shutdown(request.drain)
+
+    def closed(self, connection: Connection) -> None:
+        """See `ports.Service`."""
+        peer = self._calls.peers[connection]
+        self._calls.forget(peer)
+        if peer.slow is not None:
+            peer.slow.cancel()
+        for call in peer.live.values():
+            if isinstance(call, Stream):
+                self._streams.drop(call)
+            else:
+                self._end(call)
+        self._accounts.close(peer.account, connection.priority, self._clock.time())
+
+    def lagging(self, connection: Connection, lagging: bool) -> None:
+        """See `ports.Service`."""
+        peer = self._calls.peers.get(connection)
+        if peer is None:
+            return
+        self._streams.pause(_streams(peer), lagging)
+        if peer.slow is not None:
+            peer.slow.cancel()
+        peer.slow = self._clock.call_later(SLOW_S, lambda: self._slow(peer)) if lagging else None
+
+    # ------------------------------------------------------------ from the engine
+
+    def _engine_said(self, message: Message) -> None:
+        if isinstance(message, StepReport):
+            self._streams.report(message)
+            self.transport.flush()
+        elif isinstance(message, Snapshot):
+            self.board.take(message)
+
+    def _engine_lost(self, model: Model, how: str) -> None:
+        self._streams.lost(model, how)
+        self.board.engine_gone()
+
+    # ------------------------------------------------------------ life of a request
+
+    def _admit(self, peer: Peer) -> None:
+        """Check that one more request may come in.
+
+        Raises:
+            WireError: ``E_DRAINING``, ``E_BUSY`` or ``E_SLOW``.
+        """
+        if self.board.draining:
+            raise WireError("E_DRAINING", "the daemon is shutting down")
+        connection = peer.connection
+        at_most = SLOW_FACTOR * self._limits.output_bytes_per_connection
+        if connection.lagging and self.transport.backlog_bytes(connection) > at_most:
+            raise self._slow(peer)
+        self._calls.admit(peer)
+
+    def _slow(self, peer: Peer) -> WireError:
+        """The client does not read: its streams end. Returns the error they end with."""
+        backlog = self.transport.backlog_bytes(peer.connection)
+        error = WireError(
+            "E_SLOW",
+            f"the client does not read: {backlog} bytes wait for it",
+            details={"backlog_bytes": backlog},
+        )
+        for stream in _streams(peer):
+            self._streams.fail(stream, error)
+        return error
+
+    def _call(self, peer: Peer, request: r.DataRequest) -> Call:
+        if not isinstance(request, r.Generation):
+            return Call(self.transport, peer.connection, request)
+        peer.account.live += 1
+        now = self._clock.time()
+        return Stream(self.transport, peer.connection, request, peer.account, now)
+
+    def _guard(self, call: Call, work: Callable[[], None]) -> None:
+        """Do a piece of work; what goes wrong in it ends the request."""
+        try:
+            work()
+        except WireError as error:
+            self._fail(call, error)
+        except Exception:
+            log.exception("request %s of connection %d", call.id, call.connection.number)
+            self._fail(call, WireError("E_INTERNAL", "a defect of the daemon; its log has more"))
+
+    def _later(self, call: Call, work: Coroutine[Any, Any, None]) -> None:
+        """Do ``work`` in the background; what goes wrong in it ends the request."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                self._guard(call, task.result)
+
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(done)
+
+    def _fail(self, call: Call, error: WireError) -> None:
+        """End a request with an error."""
+        if isinstance(call, Stream):
+            self._streams.fail(call, error)
+        elif not call.over:
+            call.emit_error(error)
+            self._end(call)
+
+    def _result(self, call: Call, fields: dict[str, Any]) -> None:
+        """End a request with its result."""
+        if not call.over:
+            call.emit("result", fields)
+            self._end(call)
+
+    def _end(self, call: Call) -> None:
+        """The one way in which a request that does not generate is over."""
+        call.over = True
+        self._calls.over(call)
+        if call.lease is not None:
+            self.models.release(call.lease)
+
+    def _stream_over(self, stream: Stream) -> None:
+        stream.account.live -= 1
+        self._calls.over(stream)
+
+    def _with_model(
+        self,
+        call: Call,
+        name: str | None,
+        use: Callable[[Model], None],
+        keep_alive_s: float | None = None,
+    ) -> None:
+        """Call ``use`` when the model serves; the request holds it until it is over.
+
+        Raises:
+            WireError: ``E_NO_MODEL``.
+        """
+        call.lease = Lease(
+            lambda model: self._guard(call, lambda: use(model)),
+            lambda error: self._fail(call, error),
+            keep_alive_s,
+        )
+        entry = self.models.known(name)
+        if entry is not None:
+            self.models.acquire(call.lease, entry)
+        else:
+            assert name is not None
+            self._later(call, self._find_model(call, name))
+
+    async def _find_model(self, call: Call, name: str) -> None:
+        entry = await self._source.resolve(name)
+        if not call.over:
+            assert call.lease is not None
+            self.models.acquire(call.lease, entry)
+
+    # ------------------------------------------------------------ the verbs
+
+    def _start(self, peer: Peer, call: Call, request: r.DataRequest) -> None:
+        if isinstance(request, r.Generation):
+            assert isinstance(call, Stream)
+            self._generate(peer, call, request)
+        elif isinstance(request, r.SessionOpen):
+            self._result(call, {"session": peer.sessions.open(request)})
+        elif isinstance(request, r.SessionFork):
+            self._result(call, {"session": peer.sessions.fork(request.session)})
+        elif isinstance(request, r.SessionClose):
+            session = peer.sessions.close(request.session)
+            self._result(call, {"turns": session.turns, "rewrites": session.rewrites})
+        elif isinstance(request, r.Tokenize):
+            text = request
+            self._with_model(call, None, lambda m: self._later(call, self._tokenize(call, text, m)))
+        elif isinstance(request, r.Detokenize):
+            ids = unpack_ids(request.tokens)
+            self._with_model(
+                call, None, lambda m: self._later(call, self._detokenize(call, ids, m))
+            )
+        elif isinstance(request, r.Models):
+            self._later(call, self._list(call))
+        elif isinstance(request, r.Load):
+            name = request.model or (self._default.name if self._default else None)
+            self._with_model(call, name, lambda m: self._loaded(call, m), request.keep_alive)
+        else:
+            self.models.unload(lambda name: self._result(call, {"unloaded": name}))
+
+    def _generate(self, peer: Peer, stream: Stream, request: r.Generation) -> None:
+        if request.deadline_ms is not None:
+            late = WireError("E_DEADLINE", f"not done after {request.deadline_ms} ms")
+            stream.timer = self._clock.call_later(
+                request.deadline_ms / 1000, lambda: self._streams.fail(stream, late)
+            )
+        if isinstance(request, r.SessionSay):
+            stream.turn = Turn(peer.sessions.get(request.session), request)
+
+        def use(model: Model) -> None:
+            if isinstance(request, r.Generate) and request.tokens is not None:
+                self._streams.submit(stream, model, unpack_ids(request.tokens))
+            else:
+                self._later(stream, self._submit_text(stream, model, request))
+
+        self._with_model(stream, request.model, use, request.keep_alive)
+
+    async def _submit_text(self, stream: Stream, model: Model, request: r.Generation) -> None:
+        if model.text.pieces is None:
+            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
+        if stream.turn is not None:
+            prompt = await stream.turn.prompt(model)
+        elif isinstance(request, r.Chat):
+            chat = Conversation(request.messages, request.tools, request.template_args)
+            prompt = (await model.text.chat(chat)).ids
+        else:
+            assert isinstance(request, r.Generate)
+            assert request.prompt is not None
+            # As `tokenize` does by default: a text that apps pasted together cannot forge a turn.
+            prompt = await model.text.tokenize(request.prompt, special=False, bos=True)
+        if not stream.over:  # it may have been cancelled meanwhile
+            self._streams.submit(stream, model, prompt)
+
+    async def _tokenize(self, call: Call, request: r.Tokenize, model: Model) -> None:
+        if model.text.pieces is None:
+            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
+        ids = await model.text.tokenize(request.text, request.special, request.bos)
+        self._result(call, {"tokens": pack_ids(ids)})
+
+    async def _detokenize(self, call: Call, ids: array[int], model: Model) -> None:
+        table = model.text.pieces
+        if table is None:
+            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
+        check_ids(ids, len(table))
+        detokenizer = Detokenizer(table)
+        parts = []
+        for at in range(0, len(ids), _SLICE):
+            parts.append(detokenizer.push(ids[at : at + _SLICE]))
+            await asyncio.sleep(0)
+        text = "".join(parts) + detokenizer.finish()
+        if table.space_prefix:
+            text = text.removeprefix(" ")
+        self._result(call, {"text": text})
+
+    async def _list(self, call: Call) -> None:
+        entries = await self._source.list()
+        current = self.models.current
+        loaded = current.entry.name if current else None
+        listed = [_described(entry, entry.name == loaded) for entry in entries]
+        self._result(call, {"models": listed})
+
+    def _loaded(self, call: Call, model: Model) -> None:
+        self._result(call, {"model": _described(model.entry, True)})
+
+    def _cancel(self, uid: int, request: r.Cancel, connection: Connection | None) -> bool:
+        """End what the request names, of the caller's own user; whether there was any."""
+        streams = [
+            stream
+            for peer in self._calls.peers.values()
+            if (
+                peer.connection is connection
+                if request.token is not None
+                else peer.connection.uid == uid
+                and (request.all or peer.connection.app == request.app)
+            )
+            for stream in _streams(peer)
+            if request.target is None or stream.id == request.target
+        ]
+        for stream in streams:
+            self._streams.cancel(stream)
+        return bool(streams)
+
+    def _salt(self, uid: int) -> bytes:
+        """The namespace of a user's prefixes: not to be guessed, and another after a restart."""
+        return hmac.digest(self._secret, uid.to_bytes(8, "little"), hashlib.sha256)
+
+
+def _described(entry: Entry, loaded: bool) -> dict[str, Any]:
+    return {**entry.as_map(), "loaded": loaded}
+
+
+def _streams(peer: Peer) -> list[Stream]:
+    """Its live requests that generate."""
+    return [call for call in peer.live.values() if isinstance(call, Stream)]

@@ -1,0 +1,135 @@
+"""Where models come from: the registry names them, a helper reads them, an engine runs them."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Sequence
+
+from pagedd_daemon.front.config import Settings
+from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
+from pagedd_daemon.front.engine_link import Engine, EngineListener, EngineProcess
+from pagedd_daemon.front.errors import RETRYABLE, WireError
+from pagedd_daemon.front.helper_pool import ChatPrompt, HelperError, HelperPool, ModelText
+from pagedd_daemon.front.models import Conversation, Entry, Rendered, Text
+from pagedd_daemon.helper.protocol import SIMULATED
+from pagedd_daemon.messages import Configure
+from pagedd_daemon.models.errors import ModelError
+from pagedd_daemon.models.registry import ModelEntry, Registry
+
+
+def _refused(error: HelperError | ModelError) -> WireError:
+    code = error.code if error.code in RETRYABLE else "E_HELPER"
+    return WireError(code, error.message, details=error.details)
+
+
+class HelperText:
+    """Implements `models.Text` with the helper processes."""
+
+    def __init__(self, pool: HelperPool, text: ModelText) -> None:
+        self._pool = pool
+        self.model = text
+
+    @property
+    def pieces(self) -> PieceTable | None:
+        """See `models.Text`."""
+        return self.model.table
+
+    async def tokenize(self, text: str, special: bool, bos: bool) -> array[int]:
+        """See `models.Text`."""
+        try:
+            ids = await self._pool.tokenize(self.model, text, special=special, bos=bos)
+        except HelperError as error:
+            raise _refused(error) from error
+        return unpack_ids(ids)
+
+    async def chat(self, conversation: Conversation, known: str | None = None) -> Rendered:
+        """See `models.Text`."""
+        try:
+            prompt = await self._chat(conversation, known)
+        except HelperError as error:
+            raise _refused(error) from error
+        return Rendered(unpack_ids(prompt.tokens), prompt.text, prompt.rewritten)
+
+    async def _chat(self, conversation: Conversation, known: str | None) -> ChatPrompt:
+        messages, tools = conversation.messages, conversation.tools
+        args = dict(conversation.args)
+        if known is None:
+            return await self._pool.chat(self.model, messages, tools=tools, template_args=args)
+        return await self._pool.continue_chat(
+            self.model, messages, known, tools=tools, template_args=args
+        )
+
+
+class ModelSource:
+    """Implements `models.Source`."""
+
+    def __init__(self, settings: Settings, registry: Registry, pool: HelperPool) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._pool = pool
+
+    async def default(self) -> ModelEntry | None:
+        """The model for requests that name none; None where none was configured or can be had.
+
+        Raises:
+            WireError: ``E_MODEL``: one was configured and cannot be used.
+        """
+        settings = self._settings
+        if settings.model is not None:
+            return await self.resolve(settings.model)
+        if settings.backend == "simulated":
+            return await self.resolve(SIMULATED)
+        try:
+            return await self.resolve(self._registry.default)
+        except WireError:
+            return None
+
+    async def resolve(self, name: str) -> ModelEntry:
+        """See `models.Source`."""
+        try:
+            entry = await asyncio.to_thread(self._registry.resolve, name)
+        except ModelError as error:
+            raise _refused(error) from error
+        if self._settings.backend == "llama.cpp" and entry.path is None:
+            raise WireError(
+                "E_MODEL", f"the backend llama.cpp cannot run {name}", details={"name": name}
+            )
+        return entry
+
+    async def list(self) -> Sequence[ModelEntry]:
+        """See `models.Source`."""
+        return await asyncio.to_thread(self._registry.list)
+
+    async def open_text(self, entry: Entry) -> HelperText:
+        """See `models.Source`."""
+        assert isinstance(entry, ModelEntry)
+        try:
+            return HelperText(self._pool, await self._pool.open(entry.source))
+        except HelperError as error:
+            raise _refused(error) from error
+
+    def configure(self, entry: Entry, text: Text) -> Configure:
+        """See `models.Source`."""
+        assert isinstance(entry, ModelEntry)
+        assert isinstance(text, HelperText)
+        settings = self._settings
+        simulated = settings.backend == "simulated" or entry.path is None
+        return Configure(
+            backend="simulated" if simulated else "llama.cpp",
+            model_path="" if simulated else str(entry.path),
+            model_digest=text.model.digest,
+            context_tokens=settings.context_tokens,
+            kv_tokens=settings.kv_tokens,
+            ram_bytes=settings.ram_bytes,
+            threads=settings.threads,
+            vocab_size=text.model.vocab_size if simulated else 0,
+            eog_tokens=text.model.eog if simulated else (),
+            simulated_step_us=settings.simulated_step_us,
+            simulated_token_us=settings.simulated_token_us,
+        )
+
+    async def spawn(self, listener: EngineListener) -> Engine:
+        """See `models.Source`."""
+        command = ("-m", "pagedd_daemon.engine", "--log-level", self._settings.log_level)
+        return await EngineProcess.spawn(listener, command)

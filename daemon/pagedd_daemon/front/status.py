@@ -1,0 +1,176 @@
+"""What the daemon says of itself: ``status``, ``stats`` and ``ping`` (docs/protocol.md, section 8).
+
+The engine's figures come as snapshots. Nothing here runs unless somebody asks: no timers tick.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pagedd_daemon.front.accounts import Accounts
+from pagedd_daemon.front.models import Clock, Model, Models, State, Timer
+from pagedd_daemon.front.streams import Streams
+from pagedd_daemon.messages import AskSnapshot, Snapshot
+
+FRESH_S = 0.1
+"""Seconds a status waits for fresh figures of a busy engine."""
+
+_TIER = ("blocks_total", "used", "cached", "free")
+_SPLIT = ("token_state", "reserved", "internal", "external")
+_SEQUENCES = ("running", "swapped", "ids_total")
+_REQUESTS = ("running", "waiting", "paused")
+
+
+class Board:
+    """Puts together what people are shown."""
+
+    def __init__(
+        self, models: Models, streams: Streams, accounts: Accounts, clock: Clock, version: str
+    ) -> None:
+        self._models = models
+        self._streams = streams
+        self._clock = clock
+        self._started = clock.time()
+        self._version = version
+        self._accounts = accounts
+        self.figures: Mapping[str, Any] = {}
+        """The engine's last snapshot; empty without an engine."""
+        self.draining = False
+        self.notice: str | None = None
+        """What every client is told in ``hello``."""
+        self._asked: list[Callable[[], None]] = []
+        self._timer: Timer | None = None
+
+    # ------------------------------------------------------------ snapshots
+
+    def take(self, snapshot: Snapshot) -> None:
+        """The engine's figures are here."""
+        self.figures = snapshot.figures
+        self._answer()
+
+    def engine_gone(self) -> None:
+        """There are no figures any more."""
+        self.figures = {}
+        self._answer()
+
+    def fresh(self, answer: Callable[[], None]) -> None:
+        """Call ``answer`` when the figures are fresh, or as fresh as they get in `FRESH_S`.
+
+        An idle engine sent its figures when it became idle; it is not asked, and not woken.
+        """
+        model = self._models.current
+        if model is None or not self._streams.running:
+            answer()
+            return
+        self._asked.append(answer)
+        if self._timer is None:
+            model.engine.send(AskSnapshot())
+            self._timer = self._clock.call_later(FRESH_S, self._answer)
+
+    def _answer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        asked, self._asked = self._asked, []
+        for answer in asked:
+            answer()
+
+    # ------------------------------------------------------------ results
+
+    @property
+    def state(self) -> str:
+        """See docs/protocol.md, section 8."""
+        if self.draining:
+            return "draining"
+        if self._models.state is State.READY:
+            return "ready"
+        if self._models.state is State.LOADING:
+            return "loading"
+        return "degraded" if self._models.trouble else "asleep"
+
+    def ping(self) -> dict[str, Any]:
+        """The result of ``ping``."""
+        return {
+            "pid": os.getpid(),
+            "uptime_s": self._uptime_s(),
+            "state": self.state,
+            "steps": self._streams.steps,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """The result of ``status``."""
+        model = self._models.current
+        return {
+            "version": self._version,
+            **self.ping(),
+            "degraded": [text for text in (self.notice, self._models.trouble) if text],
+            "backend": model.ready.backend if model else None,
+            "device": model.ready.device if model else None,
+            "models": [self._model(model)] if model else [],
+            "apps": self._apps(),
+            "kv": self._kv(),
+            "split": self._group("split", _SPLIT),
+            "sequences": self._group("sequences", _SEQUENCES),
+            "requests": self._requests(),
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """The result of ``stats``."""
+        total = self._accounts.total
+        return {
+            "uptime_s": self._uptime_s(),
+            "requests": {
+                **self._requests(),
+                "finished": total("finished"),
+                "cancelled": total("cancelled"),
+                "failed": total("failed"),
+            },
+            "tokens": {
+                "prompt": total("prompt_tokens"),
+                "cached": total("cached_tokens"),
+                "generated": total("generated_tokens"),
+            },
+            "kv": self._kv(),
+            "steps": self._streams.steps,
+            "pager": dict(self.figures.get("pager", {})),
+            "memory": dict(self.figures.get("memory", {})),
+            "apps": self._apps(),
+        }
+
+    def _uptime_s(self) -> float:
+        return round(self._clock.time() - self._started, 3)
+
+    def _model(self, model: Model) -> dict[str, Any]:
+        expires = self._models.expires_s
+        return {
+            "name": model.entry.name,
+            "size_bytes": model.entry.as_map()["size_bytes"],
+            "context_tokens": model.ready.context_tokens,
+            "block_tokens": model.ready.block_tokens,
+            "expires_s": None if expires is None else round(expires, 1),
+        }
+
+    def _apps(self) -> list[dict[str, Any]]:
+        now = self._clock.time()
+        of_apps = self.figures.get("apps", {})
+        return [a.row(now, of_apps.get(a.app, {})) for a in self._accounts.listed(now)]
+
+    def _kv(self) -> dict[str, dict[str, int]]:
+        tiers = self.figures.get("kv", {})
+        return {
+            tier: {name: int(tiers.get(tier, {}).get(name, 0)) for name in _TIER}
+            for tier in ("gpu", "ram", "disk")
+        }
+
+    def _group(self, group: str, names: tuple[str, ...]) -> dict[str, int]:
+        figures = self.figures.get(group, {})
+        return {name: int(figures.get(name, 0)) for name in names}
+
+    def _requests(self) -> dict[str, int]:
+        counts = self._group("requests", _REQUESTS)
+        live = sum(account.live for account in self._accounts.listed(self._clock.time()))
+        # Those the engine does not have yet (model loading, tokenising) wait too.
+        counts["waiting"] += max(0, live - self._streams.running)
+        return counts

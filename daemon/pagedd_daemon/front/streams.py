@@ -1,0 +1,433 @@
+"""Live requests: what each was asked, and how the engine's reports become its events.
+
+A request has two ends. For its client it is *over* with its last event. For the engine it is over
+with `Closed` or `Rejected`, which may come later (after a deadline, or when the client has gone);
+only then is its lease on the model given back.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from pagedd_daemon.front.accounts import Account
+from pagedd_daemon.front.calls import Call
+from pagedd_daemon.front.detokenizer import Detokenizer, PieceTable, pack_ids, unpack_ids
+from pagedd_daemon.front.errors import RETRYABLE, WireError
+from pagedd_daemon.front.models import Clock, Model, Models, Timer
+from pagedd_daemon.front.ports import Connection, Transport
+from pagedd_daemon.front.requests import Generation
+from pagedd_daemon.front.sessions import Turn
+from pagedd_daemon.messages import (
+    Cancel,
+    Closed,
+    Ended,
+    Finish,
+    Output,
+    Pause,
+    Rejected,
+    StepReport,
+    Submit,
+    ToEngine,
+    Unpause,
+)
+
+CLASSES = {"interactive": 0, "normal": 1, "background": 2}
+"""`kvpager.types.PriorityClass` by name; importing that module would bring numpy."""
+
+
+class Sample:
+    """One of the ``n`` continuations of a request."""
+
+    __slots__ = ("_before", "_detokenizer", "_stop", "_table", "ids", "reason", "tail")
+
+    def __init__(self, table: PieceTable | None, stop: tuple[str, ...], min_tokens: int) -> None:
+        """``table`` is None for a model without a tokeniser, whose samples have no text."""
+        self.ids = array("i")
+        """Generated and kept; with the prompt, all that is needed to go on elsewhere."""
+        self.reason: str | None = None
+        self.tail = ""
+        """Text that was held back until the end."""
+        self._table = table
+        self._stop = stop
+        # Tokens whose text cannot end the sample: the first ``min_tokens``, if it has stop strings.
+        self._before = min_tokens if stop else 0
+        self._detokenizer: Detokenizer | None = None
+        if table is not None:
+            self._detokenizer = Detokenizer(table, () if self._before else stop)
+
+    def take(self, ids: array[int]) -> tuple[str, bool]:
+        """Take new tokens: the text to show, and whether a stop string ended the sample.
+
+        When one did, `ids` ends with the last token that has a byte before it.
+        """
+        detokenizer = self._detokenizer
+        have = len(self.ids)
+        self.ids += ids
+        if detokenizer is None:
+            return "", False
+        if have < self._before:
+            first = ids[: self._before - have]
+            text = detokenizer.push(first)
+            if len(self.ids) < self._before:
+                return text, False
+            detokenizer = self._look_for_stops(detokenizer)
+            text += detokenizer.push(ids[len(first) :])
+        else:
+            text = detokenizer.push(ids)
+        if detokenizer.stopped:
+            del self.ids[self._before + detokenizer.kept_tokens :]
+            self.reason = "stop"
+        return text, detokenizer.stopped
+
+    def end(self, reason: str) -> None:
+        """No token follows."""
+        if self.reason is None:
+            self.reason = reason
+            if self._detokenizer is not None:
+                self.tail = self._detokenizer.finish()
+
+    def _look_for_stops(self, before: Detokenizer) -> Detokenizer:
+        """From here on stop strings count; a character may be half done."""
+        assert self._table is not None
+        self._detokenizer = after = Detokenizer(self._table, self._stop)
+        after._decoder.setstate(before._decoder.getstate())
+        return after
+
+
+class Stream(Call):
+    """A request that generates."""
+
+    request: Generation | None
+
+    def __init__(
+        self,
+        transport: Transport,
+        connection: Connection,
+        request: Generation,
+        account: Account,
+        arrived: float,
+    ) -> None:
+        super().__init__(transport, connection, request)
+        self.account = account
+        self.arrived = arrived
+        """Time of the clock."""
+        self.timer: Timer | None = None
+        """Of the request's deadline."""
+        self.rid = -1
+        """The engine's name for it; -1 before it is submitted."""
+        self.prompt = array("i")
+        self.samples: list[Sample] = []
+        self.texts: list[str] = []
+        """Text of the only sample, where ``turn`` wants it."""
+        self.clipped = False
+        """``max_tokens`` was cut to the context: reaching it is reason ``context``."""
+        self.cancelled = False
+        self.waited_ms = 0.0
+        """From its arrival until the engine got it: loading, tokenising."""
+        self.counted = 0
+        """Generated tokens that its account was charged with."""
+        self.n: int = getattr(request, "n", 1)
+        self.turn: Turn | None = None
+        """Of the session it speaks in."""
+
+
+class Streams:
+    """All requests that generate, from acceptance to the engine's last word."""
+
+    def __init__(
+        self,
+        models: Models,
+        clock: Clock,
+        salt: Callable[[int], bytes],
+        over: Callable[[Stream], None],
+    ) -> None:
+        """``salt`` gives a user's namespace; ``over`` hears of every stream that ends."""
+        self._models = models
+        self._clock = clock
+        self._salt = salt
+        self._over = over
+        self._by_rid: dict[int, Stream] = {}
+        self._last_rid = 0
+        self.steps = 0
+        """Of the engine, since it started."""
+
+    @property
+    def running(self) -> int:
+        """Requests the engine has."""
+        return len(self._by_rid)
+
+    # ------------------------------------------------------------ from the client
+
+    def submit(self, stream: Stream, model: Model, prompt: array[int]) -> None:
+        """Check the prompt against the model, accept the request and hand it to the engine.
+
+        Raises:
+            WireError: The prompt or a token id does not fit the model.
+        """
+        request = stream.request
+        assert request is not None
+        room = _check(request, prompt, model)
+        sampling, stopping = request.sampling(), request.stopping()
+        stream.clipped = room < request.max_tokens
+        stopping["max_tokens"] = min(room, request.max_tokens)
+        stop = tuple(request.stop)
+        pieces = model.text.pieces
+        stream.samples = [Sample(pieces, stop, request.min_tokens) for _ in range(stream.n)]
+        stream.prompt = prompt
+        stream.waited_ms = (self._clock.time() - stream.arrived) * 1000
+        self._last_rid += 1
+        stream.rid = self._last_rid
+        self._by_rid[stream.rid] = stream
+        stream.emit(
+            "accepted",
+            {
+                "prompt_tokens": len(prompt),
+                "seed": sampling["seed"],
+                "model": model.entry.name,
+            },
+        )
+        model.engine.send(
+            Submit(
+                rid=stream.rid,
+                app=stream.account.app,
+                klass=CLASSES[stream.connection.priority],
+                root=self._salt(stream.connection.uid),
+                prompt=pack_ids(prompt),
+                n=stream.n,
+                sampling=sampling,
+                stop=stopping,
+            )
+        )
+        if stream.connection.lagging:
+            model.engine.send(Pause(stream.rid))
+
+    def cancel(self, stream: Stream) -> None:
+        """End it with ``done`` and reason ``cancelled``: at once, or when the engine has let go."""
+        if stream.over or stream.cancelled:
+            return
+        stream.cancelled = True
+        if stream.rid < 0:
+            self._done(stream, None)
+        else:
+            self._tell(stream, Cancel(stream.rid))
+
+    def fail(self, stream: Stream, error: WireError) -> None:
+        """End it with an error."""
+        if not stream.over:
+            stream.emit_error(error)
+            stream.account.failed += 1
+            self._let_go(stream)
+
+    def drop(self, stream: Stream) -> None:
+        """Its client has gone: end it without a word."""
+        if not stream.over:
+            stream.account.cancelled += 1
+            self._let_go(stream)
+
+    def _let_go(self, stream: Stream) -> None:
+        if stream.rid >= 0 and not stream.cancelled:
+            self._tell(stream, Cancel(stream.rid))
+        self._end(stream, False)
+
+    def pause(self, streams: Iterable[Stream], paused: bool) -> None:
+        """Keep these out of steps, or let them go on."""
+        for stream in streams:
+            if stream.rid >= 0 and not stream.over:
+                self._tell(stream, Pause(stream.rid) if paused else Unpause(stream.rid))
+
+    def lost(self, model: Model, how: str) -> None:
+        """The engine of ``model`` died."""
+        for stream in list(self._by_rid.values()):
+            if stream.lease is None or stream.lease.model is not model:
+                continue
+            del self._by_rid[stream.rid]
+            stream.rid = -1
+            if stream.over:
+                self._release(stream)
+            elif stream.cancelled:
+                self._done(stream, None)
+            else:
+                self.fail(stream, WireError("E_ENGINE", f"the engine ended with {how}"))
+
+    # ------------------------------------------------------------ from the engine
+
+    def report(self, report: StepReport) -> None:
+        """Everything of one step. This is the front's hot path: microseconds per token count."""
+        self.steps = report.steps
+        by_rid = self._by_rid
+        now = self._clock.time()
+        for output in report.outputs:
+            stream = by_rid.get(output.rid)
+            if stream is not None and not stream.over:
+                self._output(stream, output, now)
+        for ended in report.ended:
+            stream = by_rid.get(ended.rid)
+            if stream is not None:
+                self._ended(stream, ended)
+        for closed in report.closed:
+            stream = by_rid.pop(closed.rid, None)
+            if stream is not None:
+                self._closed(stream, closed)
+        for rejected in report.rejected:
+            stream = by_rid.pop(rejected.rid, None)
+            if stream is not None:
+                self._rejected(stream, rejected)
+
+    def _output(self, stream: Stream, output: Output, now: float) -> None:
+        sample = stream.samples[output.index]
+        if sample.reason is not None:
+            return  # computed before the engine heard that a stop string had ended the sample
+        tokens, logprobs = output.tokens, output.logprobs
+        before = len(sample.ids)
+        text, stopped = sample.take(unpack_ids(tokens))
+        count = len(tokens) // 4
+        if stopped:
+            self._tell(stream, Finish(stream.rid, output.index, len(sample.ids)))
+            count = max(0, len(sample.ids) - before)
+            tokens = tokens[: 4 * count]
+            logprobs = logprobs[:count] if logprobs is not None else None
+        stream.account.generated(count, now)
+        stream.counted += count
+        if stream.turn is not None:
+            stream.texts.append(text)
+        if not text and not count:
+            return
+        event: dict[str, Any] = {"index": output.index, "text": text, "tokens": tokens}
+        if logprobs is not None:
+            event["logprobs"] = logprobs
+        stream.emit("chunk", event)
+
+    def _ended(self, stream: Stream, ended: Ended) -> None:
+        reason = ended.reason
+        if reason == "length" and stream.clipped:
+            reason = "context"
+        sample = stream.samples[ended.index]
+        sample.end(reason)
+        if stream.turn is not None:
+            stream.texts.append(sample.tail)
+
+    def _closed(self, stream: Stream, closed: Closed) -> None:
+        stream.rid = -1
+        stream.account.closed(closed, stream.counted, stream.waited_ms)
+        if stream.over:
+            self._release(stream)
+        else:
+            self._done(stream, closed)
+
+    def _rejected(self, stream: Stream, rejected: Rejected) -> None:
+        stream.rid = -1
+        if stream.over:
+            self._release(stream)
+        else:
+            self.fail(stream, wire_error(rejected.code, rejected.message, rejected.details))
+
+    # ------------------------------------------------------------ its end
+
+    def _done(self, stream: Stream, closed: Closed | None) -> None:
+        """Its last event; without ``closed`` it was cancelled and the engine has no say."""
+        if not stream.samples:
+            stream.samples = [Sample(None, (), 0) for _ in range(stream.n)]
+        for sample in stream.samples:
+            sample.end("cancelled")
+        finish = [
+            {"index": i, "reason": sample.reason, "text": sample.tail}
+            for i, sample in enumerate(stream.samples)
+        ]
+        event = {"finish": finish, "usage": _usage(closed), "timings": _timings(closed, stream)}
+        stream.emit("done", event)
+        well = all(sample.reason != "cancelled" for sample in stream.samples)
+        stream.account.finished += well
+        stream.account.cancelled += not well
+        self._end(stream, well)
+
+    def _end(self, stream: Stream, well: bool) -> None:
+        """The one way in which a stream is over for its client."""
+        stream.over = True
+        if stream.timer is not None:
+            stream.timer.cancel()
+            stream.timer = None
+        if stream.turn is not None:
+            reply = stream.samples[0].ids if stream.samples else array("i")
+            stream.turn.over(well, "".join(stream.texts), reply)
+        self._over(stream)
+        if stream.rid < 0:
+            self._release(stream)
+
+    def _release(self, stream: Stream) -> None:
+        if stream.lease is not None:
+            self._models.release(stream.lease)
+
+    def _tell(self, stream: Stream, message: ToEngine) -> None:
+        if stream.lease is not None and stream.lease.model is not None:
+            stream.lease.model.engine.send(message)
+
+
+def wire_error(code: str, message: str, details: Mapping[str, Any]) -> WireError:
+    """An error that another of our processes found, for the client."""
+    if code not in RETRYABLE:
+        code, message = "E_INTERNAL", f"{code}: {message}"
+    return WireError(code, message, details=details)
+
+
+def _check(request: Generation, prompt: array[int], model: Model) -> int:
+    """Tokens the context has left for a reply.
+
+    Raises:
+        WireError: The request does not fit the model.
+    """
+    ready = model.ready
+    if not prompt:
+        raise WireError("E_FIELD", "the prompt is empty", details={"field": "prompt"})
+    check_ids(prompt, ready.vocab_size)
+    check_ids(request.logit_bias, ready.vocab_size)
+    check_ids(request.stop_token_ids, ready.vocab_size)
+    length = len(prompt)
+    if length < ready.context_tokens:
+        return ready.context_tokens - length
+    if ready.pool_tokens <= ready.context_tokens:
+        raise WireError(
+            "E_NEVER_FITS",
+            f"a prompt of {length} tokens and a reply need more than the whole pool of"
+            f" {ready.pool_tokens}",
+            details={"need_tokens": length + 1, "pool_tokens": ready.pool_tokens},
+        )
+    raise WireError(
+        "E_TOO_LONG",
+        f"a prompt of {length} tokens leaves no room in a context of {ready.context_tokens}",
+        details={"prompt_tokens": length, "context_tokens": ready.context_tokens},
+    )
+
+
+def check_ids(ids: Collection[int], vocab_size: int) -> None:
+    """Check that ids are in the vocabulary; negative ones were refused with the message.
+
+    Raises:
+        WireError: ``E_TOKEN_ID``.
+    """
+    if ids and (highest := max(ids)) >= vocab_size:
+        raise WireError(
+            "E_TOKEN_ID",
+            f"token id {highest} is outside the vocabulary of {vocab_size}",
+            details={"token": highest, "vocab_size": vocab_size},
+        )
+
+
+def _usage(closed: Closed | None) -> dict[str, int]:
+    return {
+        "prompt_tokens": closed.prompt_tokens if closed else 0,
+        "cached_tokens": closed.cached_tokens if closed else 0,
+        "generated_tokens": closed.generated_tokens if closed else 0,
+    }
+
+
+def _timings(closed: Closed | None, stream: Stream) -> dict[str, float]:
+    """What the engine measured, with the time before the engine had the request."""
+    waited = stream.waited_ms
+    return {
+        "queue_ms": round(waited + (closed.queue_ms if closed else 0.0), 3),
+        "prompt_ms": round(closed.prompt_ms, 3) if closed else 0.0,
+        "generation_ms": round(closed.generation_ms, 3) if closed else 0.0,
+        "ttft_ms": round(waited + closed.ttft_ms, 3) if closed else 0.0,
+    }
