@@ -7,7 +7,7 @@ one installation, started by the front, so the limit guards against a defect and
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -95,10 +95,7 @@ def _step_report(values: list[Any]) -> m.StepReport:
     )
 
 
-_DECODERS: dict[str, Callable[[list[Any]], m.ToEngine | m.ToFront]] = {
-    kind.__name__: (lambda kind: lambda values: kind(*values))(kind) for kind in _TOP_LEVEL
-}
-_DECODERS["StepReport"] = _step_report
+_KINDS = {kind.__name__: kind for kind in _TOP_LEVEL}
 
 
 def pack(message: m.ToEngine | m.ToFront) -> bytes:
@@ -114,6 +111,9 @@ def unpack(body: bytes) -> m.ToEngine | m.ToFront:
     """
     try:
         name, *values = msgpack.unpackb(body, strict_map_key=False)
-        return _DECODERS[name](values)
+        if name == "StepReport":
+            return _step_report(values)
+        message: m.ToEngine | m.ToFront = _KINDS[name](*values)
     except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise LinkError(f"not a message of this version: {error!r}") from error
+    return message

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from kvpager.types import Instruction, Tokens
 
+from kvpager.types import Instruction, Tokens
 from pagedd_daemon.engine.sampler import Drawn, Sampler
 
 
@@ -112,6 +112,20 @@ class MemoryReport:
     kv_pool: int
     ram_tier: int
     """In use by stored pages now."""
+
+
+class ModelLoadError(Exception):
+    """The model could not be loaded.
+
+    Attributes:
+        code: ``E_MODEL``, for the client.
+        details: The figures that explain it.
+    """
+
+    def __init__(self, message: str, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.code = "E_MODEL"
+        self.details = dict(details or {})
 
 
 class StepFaultError(Exception):

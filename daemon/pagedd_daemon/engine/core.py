@@ -1,0 +1,270 @@
+"""The engine: takes messages, runs steps, reports what came out.
+
+One request's whole life is here. ``handle`` takes what the front says, ``step`` runs at most one
+step and returns its report. There is no I/O and no waiting beside the backend's own;
+`pagedd_daemon.engine.loop` adds the socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from kvpager.types import PriorityClass
+from pagedd_daemon import messages as m
+from pagedd_daemon.backends.base import Backend, Step, StepFaultError, StepResult
+from pagedd_daemon.engine.pool import Pool
+from pagedd_daemon.engine.sampler import Drawn
+from pagedd_daemon.engine.scheduler import Scheduler
+from pagedd_daemon.engine.snapshot import Totals, snapshot
+from pagedd_daemon.engine.work import Request, Sequence
+from pagedd_daemon.params import SamplingParams, StopParams
+
+
+class Engine:
+    """Composes backend, pool and scheduler, and keeps the books of each request."""
+
+    def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
+        self._backend = backend
+        self._clock = clock
+        self._caps = backend.capabilities
+        self._pool = Pool(backend)
+        self._scheduler = Scheduler(self._pool, self._caps)
+        self._requests: dict[int, Request] = {}
+        self._steps = 0
+        self._report = m.StepReport(0)
+        self._totals = Totals()
+
+    # ------------------------------------------------------------------------------------ messages
+
+    def handle(self, message: m.ToEngine) -> None:
+        """Take one message of the front. What it leads to is in the next report."""
+        match message:
+            case m.Submit():
+                self._submit(message)
+            case m.Cancel(rid=rid):
+                if request := self._requests.get(rid):
+                    for index in sorted(request.open_samples):
+                        self._end_sample(request, index, "cancelled")
+            case m.Finish(rid=rid, index=index, tokens=tokens):
+                request = self._requests.get(rid)
+                if request is not None and index in request.open_samples:
+                    self._end_sample(request, index, "stop", keep=tokens)
+            case m.Pause(rid=rid) | m.Unpause(rid=rid):
+                if request := self._requests.get(rid):
+                    request.paused = isinstance(message, m.Pause)
+                    self._scheduler.wake()
+            case _:
+                raise AssertionError(f"{type(message).__name__} is not for a running engine")
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step might be possible: some request is alive and not paused."""
+        return any(not request.paused for request in self._requests.values())
+
+    @property
+    def steps(self) -> int:
+        """Steps planned since start."""
+        return self._steps
+
+    @property
+    def transfers_in_flight(self) -> int:
+        """Stores and loads that have not ended."""
+        return self._pool.transfers_in_flight
+
+    def validate(self) -> None:
+        """Check the pager's invariants.
+
+        Raises:
+            kvpager.InvariantError: One does not hold; it carries the story of the sequence.
+        """
+        self._pool.pager.validate()
+
+    def snapshot(self) -> m.Snapshot:
+        """The engine's figures now."""
+        return m.Snapshot(
+            snapshot(self._pool.pager, self._scheduler, self._backend, self._totals, self._steps)
+        )
+
+    # ---------------------------------------------------------------------------------------- step
+
+    def step(self) -> m.StepReport | None:
+        """Run one step if anybody can run. None if there is nothing to say."""
+        step = self._scheduler.plan(self._clock())
+        self._announce()
+        if step is not None:
+            self._steps += 1
+            try:
+                result = self._backend.collect(self._backend.launch(step))
+            except StepFaultError as fault:
+                self._fail(step, str(fault))
+            else:
+                self._retire(step, result)
+        return self._take_report()
+
+    def _announce(self) -> None:
+        """Report what planning found: who started, who can never fit, who cannot grow."""
+        for request in self._scheduler.started:
+            self._report.started.append((request.rid, request.cached_tokens))
+            self._totals.start(request)
+        self._scheduler.started.clear()
+        for request, denial in self._scheduler.denied:
+            block = self._caps.block_tokens
+            need, pool = denial.need_blocks * block, denial.total_blocks * block
+            self._reject(
+                request,
+                "E_NEVER_FITS",
+                f"the request needs {need} tokens of a pool of {pool}",
+                {"need_tokens": need, "pool_tokens": pool},
+            )
+        self._scheduler.denied.clear()
+        for sequence in self._scheduler.stranded:
+            self._end_sample(sequence.request, sequence.index, "context")
+        self._scheduler.stranded.clear()
+
+    def _retire(self, step: Step, result: StepResult) -> None:
+        sequences = self._scheduler.retire(step, result.seconds)
+        drawn = iter(result.drawn)
+        now = self._clock()
+        for run, sequence in zip(step.runs, sequences, strict=True):
+            if not run.draws:
+                continue
+            tokens = [next(drawn)[1] for _ in run.draws]
+            if sequence.request.first_token_s == 0.0:
+                sequence.request.first_token_s = now
+            sequence.request.last_token_s = now
+            if len(tokens) > 1:
+                for child, token in zip(self._scheduler.fork(sequence), tokens[1:], strict=True):
+                    self._accept(child, token)
+            self._accept(sequence, tokens[0])
+
+    def _accept(self, sequence: Sequence, drawn: Drawn) -> None:
+        """Keep a token that was drawn for a sequence, or end it."""
+        request, token = sequence.request, drawn.token
+        if token < 0:
+            self._reject(request, "E_ENGINE", "the model's output is not a number (NaN)", {})
+            return
+        if token in request.stop.stop_token_ids or token in self._caps.eog_tokens:
+            self._end_sample(request, sequence.index, "stop")
+            return
+        sequence.tokens.append(token)
+        sequence.sampler.accept(token)
+        logprobs = None
+        if drawn.logprob is not None:
+            logprobs = [(drawn.logprob, [*drawn.top])]
+        self._report.outputs.append(
+            m.Output(request.rid, sequence.index, token.to_bytes(4, "little"), logprobs)
+        )
+        if sequence.generated >= request.stop.max_tokens:
+            self._end_sample(request, sequence.index, "length")
+        elif len(sequence.tokens) >= self._caps.context_tokens:
+            self._end_sample(request, sequence.index, "context")
+
+    def _fail(self, step: Step, why: str) -> None:
+        """A step was refused: its requests end, everybody else goes on."""
+        for sequence in self._scheduler.fail(step):
+            if sequence.request.rid in self._requests:
+                self._reject(sequence.request, "E_ENGINE", f"a step failed: {why}", {})
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def _submit(self, message: m.Submit) -> None:
+        prompt = np.frombuffer(message.prompt, dtype="<i4").astype(np.int32)
+        request = Request(
+            rid=message.rid,
+            app=message.app,
+            klass=PriorityClass(message.klass),
+            root=self._root(message.root),
+            prompt=prompt,
+            samples=message.n,
+            sampling=SamplingParams(**message.sampling),
+            stop=StopParams(
+                **{**message.stop, "stop_token_ids": tuple(message.stop["stop_token_ids"])}
+            ),
+            submitted_s=self._clock(),
+            open_samples=set(range(message.n)),
+        )
+        self._requests[request.rid] = request
+        if len(prompt) >= self._caps.context_tokens:
+            self._reject(
+                request,
+                "E_TOO_LONG",
+                f"the prompt has {len(prompt)} tokens, the context {self._caps.context_tokens}",
+                {"prompt_tokens": len(prompt), "context_tokens": self._caps.context_tokens},
+            )
+            return
+        self._scheduler.add(request)
+
+    def _root(self, salt: bytes) -> bytes:
+        """What the prefix chain of a namespace starts from: pages of another model, KV type or
+        namespace can never be taken for one's own."""
+        digest = hashlib.sha256(self._caps.model_digest)
+        digest.update(self._caps.kv_dtype.encode())
+        digest.update(salt)
+        return digest.digest()
+
+    def _end_sample(
+        self, request: Request, index: int, reason: str, keep: int | None = None
+    ) -> None:
+        """One sample is over, with its first ``keep`` generated tokens (all of them if None)."""
+        sequence = request.sequences.pop(index, None)
+        if sequence is not None:
+            generated = sequence.generated if keep is None else min(keep, sequence.generated)
+            request.generated_tokens += generated
+            self._scheduler.end(sequence, keep_tokens=len(request.prompt) + generated)
+        request.open_samples.discard(index)
+        self._report.ended.append(m.Ended(request.rid, index, reason))
+        if not request.open_samples:
+            self._close(request)
+
+    def _close(self, request: Request) -> None:
+        self._scheduler.withdraw(request)
+        self._forget(request)
+        self._totals.end(request)
+        self._report.closed.append(_closed(request))
+
+    def _reject(
+        self, request: Request, code: str, message: str, details: dict[str, object]
+    ) -> None:
+        """End a request with an error; nothing follows for it."""
+        self._scheduler.withdraw(request)
+        for sequence in list(request.sequences.values()):
+            self._scheduler.end(sequence)
+        request.sequences.clear()
+        self._forget(request)
+        self._report.rejected.append(m.Rejected(request.rid, code, message, details))
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.rid]
+
+    def _take_report(self) -> m.StepReport | None:
+        report = self._report
+        if not (report.outputs or report.ended or report.rejected or report.started):
+            return None
+        self._report = m.StepReport(0)
+        return m.StepReport(
+            self._steps,
+            report.outputs,
+            report.ended,
+            report.closed,
+            report.rejected,
+            report.started,
+        )
+
+
+def _closed(request: Request) -> m.Closed:
+    end = request.last_token_s
+    started = request.started_s or end
+    first = request.first_token_s or started
+    return m.Closed(
+        rid=request.rid,
+        prompt_tokens=len(request.prompt),
+        cached_tokens=request.cached_tokens,
+        generated_tokens=request.generated_tokens,
+        queue_ms=max(0.0, started - request.submitted_s) * 1e3,
+        prompt_ms=max(0.0, first - started) * 1e3,
+        generation_ms=max(0.0, end - first) * 1e3,
+        ttft_ms=max(0.0, first - request.submitted_s) * 1e3,
+    )

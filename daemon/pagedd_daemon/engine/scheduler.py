@@ -1,0 +1,388 @@
+"""Who takes part in the next step: iteration-level scheduling over the paged pool.
+
+There are no prefill and decode phases. A step holds, in this order: the next token of everybody who
+decodes, sequences that come back from a lower tier, and chunks of prompts, cut so that the step
+stays within its time. Decodes get their room first, by preempting the least important sequence if
+need be: a full pool pages somebody out and never fails a request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from kvpager.types import (
+    Admit,
+    Admitted,
+    DeferReason,
+    Deferred,
+    Denied,
+    Fork,
+    Free,
+    Instruction,
+    Preempt,
+    Preempted,
+    PriorityClass,
+    Reserve,
+    Reserved,
+    Resume,
+    Runnable,
+    StepFailed,
+    StepLaunched,
+    StepRetired,
+    Tokens,
+    Truncate,
+)
+from pagedd_daemon.backends.base import Capabilities, Draw, Run, Step
+from pagedd_daemon.engine.pool import Pool
+from pagedd_daemon.engine.sampler import Sampler
+from pagedd_daemon.engine.stepcost import StepCost
+from pagedd_daemon.engine.work import Request, Sequence, SequenceState, TokenBuffer
+
+_MOST_SHARERS = 16
+"""Requests asked per step that turn out to wait for a prefix in flight."""
+_ROOM_TOKENS = 256
+"""Generated tokens a buffer has room for from the start; it doubles when they are used up."""
+
+
+class Scheduler:
+    """Queues, running sequences and the plan of each step. Owns nothing of the model's maths."""
+
+    def __init__(self, pool: Pool, capabilities: Capabilities) -> None:
+        self._pool = pool
+        self._caps = capabilities
+        self._waiting: dict[PriorityClass, deque[Request]] = {k: deque() for k in PriorityClass}
+        self._sequences: dict[int, Sequence] = {}
+        self._preempted: list[Sequence] = []
+        self._next_seq = 0
+        self._epoch = 0
+        self._launched: list[tuple[Sequence, int]] = []
+        self._changed = True
+        self.cost = StepCost()
+        self.started: list[Request] = []
+        """Requests whose prompt began to be computed since the caller last cleared this."""
+        self.denied: list[tuple[Request, Denied]] = []
+        """Requests that can never fit, until the caller clears this."""
+        self.stranded: list[Sequence] = []
+        """Sequences alone in a full pool, which cannot grow; until the caller clears this."""
+
+    # -------------------------------------------------------------------------- what may happen
+
+    def add(self, request: Request) -> None:
+        """Queue a request behind those of its class."""
+        self._waiting[request.klass].append(request)
+        self._changed = True
+
+    def wake(self) -> None:
+        """Something outside changed (a paused request goes on): look at the queue again."""
+        self._changed = True
+
+    def withdraw(self, request: Request) -> bool:
+        """Take a request off the queue; False if it is not waiting."""
+        try:
+            self._waiting[request.klass].remove(request)
+        except ValueError:
+            return False
+        return True
+
+    def fork(self, parent: Sequence) -> list[Sequence]:
+        """The other samples of a request whose prompt was just computed, sharing all its blocks."""
+        request = parent.request
+        known = parent.tokens.view(0, len(parent.tokens))
+        children = [
+            Sequence(self._take_id(), request, i, parent.sampler.fork(i), _buffer(request, known))
+            for i in range(1, request.samples)
+        ]
+        self._pool.handle(Fork(parent.seq, tuple(child.seq for child in children)))
+        for child in children:
+            child.computed = parent.computed
+            self._sequences[child.seq] = child
+            request.sequences[child.index] = child
+        return children
+
+    def end(self, sequence: Sequence, *, keep_tokens: int | None = None) -> None:
+        """A sequence is over; what it computed (its first ``keep_tokens``) stays in the cache."""
+        if keep_tokens is not None and keep_tokens < sequence.computed:
+            if sequence.state is SequenceState.RUNNING:
+                self._settle(self._pool.handle(Truncate(sequence.seq, keep_tokens)))
+            sequence.computed = keep_tokens
+        self._sequences.pop(sequence.seq)
+        if sequence in self._preempted:
+            self._preempted.remove(sequence)
+        self._settle(self._pool.handle(Free(sequence.seq)))
+        self._changed = True
+
+    # ------------------------------------------------------------------------------ what it holds
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return sum(len(queue) for queue in self._waiting.values())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request lives."""
+        return not self._sequences and self.waiting == 0
+
+    def sequences(self) -> Iterable[Sequence]:
+        """The live sequences, oldest first."""
+        return self._sequences.values()
+
+    def queued(self) -> Iterable[Request]:
+        """The waiting requests, in the order they will be admitted."""
+        for queue in self._waiting.values():
+            yield from queue
+
+    # ------------------------------------------------------------------------------------- a step
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, its room reserved, or None if nobody can run now."""
+        if self._pool.transfers_in_flight:
+            self._settle(self._pool.settle())
+            self._changed = True
+        decodes = [s for s in self._sequences.values() if _decodes(s)]
+        ready, pressed = self._make_room(decodes)
+        if not pressed:
+            self._resume()
+            self._admit(now)
+        chunks = self._chunks(len(ready))
+        if not ready and not chunks:
+            return None
+        return self._launch([*((s, 1) for s in ready), *chunks])
+
+    def retire(self, step: Step, seconds: float) -> list[Sequence]:
+        """The step is done. Returns its sequences in the order of ``step.runs``."""
+        launched, self._launched = self._launched, []
+        tokens = tuple(run.tokens for run in step.runs)
+        for sequence, count in launched:
+            sequence.computed += count
+        self._settle(self._pool.handle(StepRetired(step.epoch, tokens)))
+        decodes = sum(1 for run in step.runs if len(run.tokens) == 1)
+        prefill = sum(len(run.tokens) for run in step.runs if len(run.tokens) > 1)
+        self.cost.observe(decodes, prefill, seconds)
+        if prefill:
+            self._changed = True
+            self._pool.pager.observe(prefill_tokens_per_s=self.cost.prefill_tokens_per_s)
+        return [sequence for sequence, _ in launched]
+
+    def fail(self, step: Step) -> list[Sequence]:
+        """The step was refused: its sequences stand where they stood. Returns them."""
+        launched, self._launched = self._launched, []
+        self._settle(self._pool.handle(StepFailed(step.epoch)))
+        return [sequence for sequence, _ in launched]
+
+    # ------------------------------------------------------------------------------- parts of plan
+
+    def _make_room(self, decodes: list[Sequence]) -> tuple[list[Sequence], bool]:
+        """Room for one more token of each; whom it could not be made for sits this step out."""
+        pressed = False
+        ready: list[Sequence] = []
+        asking = decodes
+        while asking:
+            short = self._reserve(asking, [1] * len(asking))
+            ready += [s for s in asking if s.seq not in short]
+            asking = [s for s in asking if s.seq in short]
+            if not asking:
+                break
+            pressed = True
+            victim = self._victim(asking[0], must=not ready and not self._pool.transfers_in_flight)
+            if victim is None:
+                break
+            self._settle(self._pool.handle(Preempt(victim.seq)))
+            self._settle(self._pool.settle())
+            ready = [s for s in ready if s.state is SequenceState.RUNNING]
+            asking = [s for s in asking if s.state is SequenceState.RUNNING]
+        return ready, pressed
+
+    def _victim(self, asking: Sequence, *, must: bool) -> Sequence | None:
+        """Whom to page out: a paused one (its client does not read), else the pager's choice.
+
+        The pager spares whoever was just resumed. With ``must`` nobody else could go on either, so
+        then the newest other one is taken; if there is none, ``asking`` is stranded.
+        """
+        running = [s for s in self._sequences.values() if s.state is SequenceState.RUNNING]
+        paused = [s for s in running if s.request.paused]
+        chosen = self._pool.pager.choose_victim([s.seq for s in (paused or running)])
+        others = [s for s in running if s is not asking]
+        if chosen is not None and others:
+            return self._sequences[chosen]
+        if others and must:
+            return others[-1]
+        if must:
+            self.stranded.append(asking)
+        return None
+
+    def _resume(self) -> None:
+        """Bring back paged-out sequences, oldest of the most important class first."""
+        for sequence in sorted(self._preempted, key=lambda s: (s.request.klass, s.seq)):
+            # The samples of one request come back together with the first of them.
+            if sequence.request.paused or sequence.state is not SequenceState.PREEMPTED:
+                continue
+            verdicts = self._pool.handle(Resume(sequence.seq))
+            self._settle(verdicts)
+            if any(isinstance(v, Deferred) for v in verdicts):
+                self._page_out_paused()
+                break
+
+    def _admit(self, now: float) -> None:
+        """Let waiting requests in, in order, while their whole prompts fit.
+
+        Asking costs a hash of the prompt, so after a refusal nobody asks again before something
+        has changed: an end, a transfer, a computed chunk, a newcomer.
+        """
+        if not self._changed:
+            return
+        self._changed = False
+        coming_back = [s.request.klass for s in self._preempted if not s.request.paused]
+        most_important = min(coming_back, default=None)
+        sharers = 0
+        for klass, queue in self._waiting.items():
+            if most_important is not None and klass >= most_important:
+                return
+            for request in tuple(queue):
+                if request.paused:
+                    continue
+                blocked = self._try_admit(request, now)
+                sharers += blocked is DeferReason.PREFIX_IN_FLIGHT
+                if blocked in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
+                    self._page_out_paused()
+                if sharers > _MOST_SHARERS or blocked not in (None, DeferReason.PREFIX_IN_FLIGHT):
+                    return
+
+    def _page_out_paused(self) -> None:
+        """Somebody waits for room: take it from sequences whose clients do not read."""
+        for sequence in list(self._sequences.values()):
+            if sequence.request.paused and sequence.state is SequenceState.RUNNING:
+                self._settle(self._pool.handle(Preempt(sequence.seq)))
+                self._changed = True
+
+    def _try_admit(self, request: Request, now: float) -> DeferReason | None:
+        """Admit one request, or say what is in its way."""
+        seq = self._take_id()
+        verdicts = self._pool.handle(
+            Admit(
+                seq,
+                request.prompt,
+                request.root,
+                klass=request.klass,
+                width=request.samples,
+                group=request.rid,
+            )
+        )
+        for verdict in verdicts:
+            if isinstance(verdict, Deferred):
+                return verdict.reason
+            if isinstance(verdict, Denied):
+                self._waiting[request.klass].remove(request)
+                self.denied.append((request, verdict))
+                return None
+        self._waiting[request.klass].remove(request)
+        sampler = Sampler(
+            request.sampling,
+            request.stop,
+            index=0,
+            prompt=request.prompt,
+            vocab_size=self._caps.vocab_size,
+            eog_tokens=self._caps.eog_tokens,
+        )
+        sequence = Sequence(seq, request, 0, sampler, _buffer(request, request.prompt))
+        self._sequences[seq] = sequence
+        self._settle(verdicts)
+        request.started_s = now
+        request.cached_tokens = sequence.computed
+        request.sequences[0] = sequence
+        self.started.append(request)
+        return None
+
+    def _take_id(self) -> int:
+        self._next_seq += 1
+        return self._next_seq
+
+    def _chunks(self, decodes: int) -> list[tuple[Sequence, int]]:
+        """Chunks of prompts for this step, oldest first, whole blocks where a prompt goes on."""
+        block = self._caps.block_tokens
+        most = self._caps.max_step_tokens - decodes
+        budget = self.cost.prefill_budget(decodes, most, least=min(block, most))
+        wanted: list[tuple[Sequence, int]] = []
+        for sequence in self._sequences.values():
+            if budget <= 0:
+                break
+            if sequence.pending <= 1 or not _runs(sequence):
+                continue
+            count = min(sequence.pending, budget)
+            if count < sequence.pending and count > block:
+                count -= (sequence.computed + count) % block
+            wanted.append((sequence, count))
+            budget -= count
+        if not wanted:
+            return []
+        short = self._reserve([s for s, _ in wanted], [n for _, n in wanted])
+        return [(s, n) for s, n in wanted if s.seq not in short]
+
+    def _reserve(self, sequences: list[Sequence], counts: list[int]) -> set[int]:
+        """Ask the pager for room; returns the sequences it had none for."""
+        verdicts = self._pool.handle(Reserve(tuple(s.seq for s in sequences), tuple(counts)))
+        for verdict in verdicts:
+            if isinstance(verdict, Reserved):
+                return {shortage.seq for shortage in verdict.short}
+        raise AssertionError("Reserve was not answered")
+
+    def _launch(self, parts: list[tuple[Sequence, int]]) -> Step:
+        """The step over ``parts``, announced to the pager."""
+        self._epoch += 1
+        self._launched = parts
+        self._pool.handle(
+            StepLaunched(self._epoch, tuple(s.seq for s, _ in parts), tuple(n for _, n in parts))
+        )
+        return Step(self._epoch, [self._run(sequence, count) for sequence, count in parts])
+
+    def _run(self, sequence: Sequence, count: int) -> Run:
+        start = sequence.computed
+        draws: tuple[Draw, ...] = ()
+        if count == sequence.pending:
+            draws = (Draw(sequence.seq, sequence.sampler),)
+            if sequence.generated == 0 and sequence.request.samples > 1:
+                others = range(1, sequence.request.samples)
+                draws += tuple(Draw(sequence.seq, sequence.sampler.fork(i)) for i in others)
+        return Run(
+            sequence.seq,
+            start,
+            sequence.tokens.view(start, start + count),
+            self._pool.pager.block_table(sequence.seq),
+            draws,
+        )
+
+    # ------------------------------------------------------------------------------ what came back
+
+    def _settle(self, instructions: list[Instruction]) -> None:
+        """Take over what the pager decided about sequences."""
+        for verdict in instructions:
+            match verdict:
+                case Admitted(seq=seq, computed=computed, loading=loading):
+                    sequence = self._sequences[seq]
+                    sequence.computed = computed
+                    if sequence.state is SequenceState.PREEMPTED:
+                        self._preempted.remove(sequence)
+                    sequence.state = SequenceState.LOADING if loading else SequenceState.RUNNING
+                case Runnable(seq=seq, computed=computed) if seq in self._sequences:
+                    sequence = self._sequences[seq]
+                    sequence.computed = computed
+                    sequence.state = SequenceState.RUNNING
+                case Preempted(seq=seq) if seq in self._sequences:
+                    sequence = self._sequences[seq]
+                    sequence.state = SequenceState.PREEMPTED
+                    self._preempted.append(sequence)
+                case _:
+                    pass
+
+
+def _buffer(request: Request, known: Tokens) -> TokenBuffer:
+    return TokenBuffer(known, min(request.stop.max_tokens, _ROOM_TOKENS))
+
+
+def _runs(sequence: Sequence) -> bool:
+    return sequence.state is SequenceState.RUNNING and not sequence.request.paused
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.pending == 1 and _runs(sequence)

@@ -1,0 +1,102 @@
+"""Requests and sequences as the engine keeps them while they live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from kvpager.types import PriorityClass, Tokens
+from pagedd_daemon.engine.sampler import Sampler
+from pagedd_daemon.params import SamplingParams, StopParams
+
+
+class SequenceState(Enum):
+    """Where a sequence stands. Waiting requests have no sequence yet."""
+
+    LOADING = "loading"
+    """Its pages are on their way into the first tier."""
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    """Paged out; it holds nothing of the first tier."""
+
+
+class TokenBuffer:
+    """Token ids that grow at the end: int32, doubling, sliced without copies."""
+
+    __slots__ = ("_data", "_length")
+
+    def __init__(self, tokens: Tokens, room: int) -> None:
+        self._data = np.empty(max(len(tokens) + room, 16), dtype=np.int32)
+        self._data[: len(tokens)] = tokens
+        self._length = len(tokens)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, token: int) -> None:
+        """Add one id."""
+        if self._length == len(self._data):
+            self._data = np.concatenate([self._data, np.empty_like(self._data)])
+        self._data[self._length] = token
+        self._length += 1
+
+    def view(self, start: int, stop: int) -> Tokens:
+        """Ids ``start`` to ``stop``, shape ``(stop - start,)``; valid until the next append."""
+        assert 0 <= start <= stop <= self._length
+        return self._data[start:stop]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request of an app: a prompt and the samples drawn from it."""
+
+    rid: int
+    app: str
+    klass: PriorityClass
+    root: bytes
+    prompt: Tokens
+    samples: int
+    sampling: SamplingParams
+    stop: StopParams
+    submitted_s: float
+    """Monotonic, like every other ``_s`` here."""
+    paused: bool = False
+    started_s: float = 0.0
+    """When its first step was planned; 0 before."""
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    """Over all its samples that have ended."""
+    open_samples: set[int] = field(default_factory=set)
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    """Live sequences by sample index."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample's tokens: the prompt, then what was drawn.
+
+    ``computed`` of them are in the pool; the others wait to be a step's input. While decoding that
+    is exactly the last drawn one.
+    """
+
+    seq: int
+    request: Request
+    index: int
+    sampler: Sampler
+    tokens: TokenBuffer
+    computed: int = 0
+    state: SequenceState = SequenceState.RUNNING
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that are not computed yet; at least 1 while it lives."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - len(self.request.prompt)
