@@ -130,7 +130,7 @@ class Core:
             )
             self.token = bytes(result["token"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _violation(result, error) from error
+            raise _violation({"type": "hello", **result}, error) from error
         self.frame_bytes = info.limits.get("frame_bytes", 0)
         return info
 
@@ -379,6 +379,6 @@ def _logprobs(tokens: tuple[int, ...], entries: Any) -> tuple[TokenLogprob, ...]
 
 def _violation(event: Event, error: Exception) -> ProtocolViolation:
     return ProtocolViolation(
-        f"the daemon sent a {event.get('type')!r} that the protocol does not allow: {error!r}",
+        f"the daemon sent a {event.get('type')!r} the protocol does not allow: {error!r}",
         details={"request": event.get("id")},
     )

