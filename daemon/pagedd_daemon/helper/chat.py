@@ -3,7 +3,8 @@
 1. The template is rendered twice: plainly, and with the client's strings marked (`marks`). If the
    second without its marks is not the first, the marks changed what the template did: then only the
    contents of messages are marked, and if that does not help either, a conversation in which any
-   string contains the spelling of a special token is refused, and any other needs no marks.
+   string, or all of them joined, contains the spelling of a special token is refused, and any other
+   is taken as it is.
 2. The text is tokenised as a whole with special tokens on, which gives exactly the ids the model
    was trained on. If no special token reaches across a mark, these are the ids.
 3. Otherwise a client wrote the spelling of a special token. The parts are tokenised one by one, the
@@ -95,8 +96,9 @@ class ChatTokenizer:
                 continue
             if rendered.text == plain:
                 return self._checked(rendered, request)
-        strings = list(strings_of(request))
-        for text in (*strings, "".join(strings), "".join(s.strip() for s in strings)):
+        shown = list(strings_of(request, shown=True))
+        joined = "".join(shown), "".join(text.strip() for text in shown)
+        for text in (*strings_of(request), *joined):
             if text in self._special:
                 raise TemplateRefusedError(
                     "the chat template rewrites messages, and a message contains the text of a "

@@ -166,14 +166,21 @@ def _by_author(texts: list[str], kinds: list[str]) -> tuple[tuple[bool, str], ..
     return tuple((client, part) for client, part in joined if part)
 
 
-def strings_of(value: Any) -> Iterator[str]:
-    """Every string in maps and lists, keys too, in order."""
+def strings_of(value: Any, *, shown: bool = False) -> Iterator[str]:
+    """Every string in maps and lists, in order.
+
+    Args:
+        value: Maps, lists and scalars.
+        shown: Only those a template shows one after the other: no keys, nothing of `_STRUCTURE`.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from strings_of(key)
-            yield from strings_of(item)
+            if not shown:
+                yield from strings_of(key)
+            if not shown or key not in _STRUCTURE:
+                yield from strings_of(item, shown=shown)
     elif isinstance(value, list):
         for item in value:
-            yield from strings_of(item)
+            yield from strings_of(item, shown=shown)
