@@ -20,7 +20,7 @@ from pagedd_daemon.front.detokenizer import PieceTable, pack_ids
 from pagedd_daemon.front.engine_link import Channel, EngineListener, Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.limits import DEFAULT_LIMITS, Limits
-from pagedd_daemon.front.models import Conversation, Entry, Rendered, Text
+from pagedd_daemon.front.model_ports import Conversation, Entry, Rendered, Text
 from pagedd_daemon.front.ports import Connection, Event
 from pagedd_daemon.front.service import FrontService
 
@@ -106,7 +106,7 @@ class FakeEngine:
         ours, theirs = socket.socketpair()
         self.pid = pid
         self.status = 0
-        self.stopped = False
+        self._stopped = asyncio.Event()
         self.heard: list[Message] = []
         self._taken = 0
         self._changed = asyncio.Event()
@@ -118,10 +118,17 @@ class FakeEngine:
         self._front.send(message)
 
     async def stop(self, grace_s: float) -> int:
-        self.stopped = True
+        self._stopped.set()
         self._front.close()
         self._script.close()
         return 0
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    async def ended(self) -> None:
+        await self._stopped.wait()
 
     def die(self, status: int = -9) -> None:
         self.status = status
@@ -234,6 +241,11 @@ class FakeSource:
         if name not in ("a", "b", "c"):
             raise WireError("E_MODEL", f"no model {name}", details={"name": name})
         return FakeEntry(name)
+
+    async def resolved(self) -> None:
+        """Let a request that named another model get into the queue."""
+        for _ in range(5):
+            await asyncio.sleep(0)
 
     async def list(self) -> list[Entry]:
         return [FakeEntry(name) for name in ("a", "b", "c")]

@@ -14,7 +14,8 @@ from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.journal import Journal, Remembered
 from pagedd_daemon.front.limits import Limits
-from pagedd_daemon.front.models import Lease, Timer
+from pagedd_daemon.front.model_ports import Timer
+from pagedd_daemon.front.models import Lease
 from pagedd_daemon.front.ports import Connection, Transport
 from pagedd_daemon.front.requests import Generation, Request
 from pagedd_daemon.front.sessions import Sessions

@@ -13,132 +13,20 @@ import asyncio
 import contextlib
 import logging
 import math
-from array import array
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
 
-from pagedd_daemon.front.detokenizer import PieceTable
-from pagedd_daemon.front.engine_link import Engine, EngineListener, Message
-from pagedd_daemon.front.errors import RETRYABLE, WireError
-from pagedd_daemon.messages import Configure, Failed, Ready
+from pagedd_daemon.front.engine_link import Engine, Message
+from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.model_ports import Clock, Entry, Source, Text, Timer, wire_error
+from pagedd_daemon.messages import Failed, Ready
 
 log = logging.getLogger("pagedd.models")
 
 _STOP_GRACE_S = 5.0
 """Seconds an unloaded engine gets to give its memory back."""
-
-
-class Timer(Protocol):
-    """A call that may still be cancelled."""
-
-    def cancel(self) -> None:
-        """Do not call."""
-        ...
-
-
-class Clock(Protocol):
-    """Monotonic time and timers; an event loop is one."""
-
-    def time(self) -> float:
-        """Seconds."""
-        ...
-
-    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
-        """Call ``callback`` in ``delay`` seconds."""
-        ...
-
-
-class Entry(Protocol):
-    """A model by name, loaded or not."""
-
-    @property
-    def name(self) -> str:
-        """Unique among models."""
-        ...
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """Further names."""
-        ...
-
-    def as_map(self) -> dict[str, Any]:
-        """As ``models`` of docs/protocol.md lists it, but for ``loaded``."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as the model's chat template writes it."""
-
-    ids: array[int]
-    text: str
-    rewritten: bool = False
-    """The text does not begin with what was known of it: ``ids`` are those of the whole text."""
-
-
-class Text(Protocol):
-    """The text side of a loaded model. Failures of its methods are `WireError`."""
-
-    @property
-    def pieces(self) -> PieceTable | None:
-        """Bytes of each token; None where the model has no tokeniser."""
-        ...
-
-    async def tokenize(self, text: str, special: bool, bos: bool) -> array[int]:
-        """Token ids of a text."""
-        ...
-
-    async def chat(self, conversation: Conversation, known: str | None = None) -> Rendered:
-        """Token ids of a conversation up to where the reply begins.
-
-        With ``known``, the text whose ids the caller has, only ids of what follows it come back,
-        unless the template rewrote it.
-        """
-        ...
-
-
-class Source(Protocol):
-    """Where models, their vocabularies and their engines come from."""
-
-    async def resolve(self, name: str) -> Entry:
-        """The model of that name.
-
-        Raises:
-            WireError: ``E_MODEL``.
-        """
-        ...
-
-    async def list(self) -> Sequence[Entry]:
-        """Every model there is."""
-        ...
-
-    async def open_text(self, entry: Entry) -> Text:
-        """Load its vocabulary.
-
-        Raises:
-            WireError: It has none that can be read.
-        """
-        ...
-
-    def configure(self, entry: Entry, text: Text) -> Configure:
-        """What its engine is told."""
-        ...
-
-    async def spawn(self, listener: EngineListener) -> Engine:
-        """Start an engine process."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a chat template is given."""
-
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]]
-    args: Mapping[str, Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -316,7 +204,7 @@ class Models:
             self._ready.set_result(message)
         elif isinstance(message, Failed) and waits:
             assert self._ready is not None
-            self._ready.set_exception(self._failure(message))
+            self._ready.set_exception(wire_error(message.code, message.message, message.details))
         else:
             self._said(message)
 
@@ -338,11 +226,6 @@ class Models:
             self._stay()
             self._lost(model, how)
             self._pump()
-
-    @staticmethod
-    def _failure(failed: Failed) -> WireError:
-        code = failed.code if failed.code in RETRYABLE else "E_MODEL"
-        return WireError(code, failed.message, details=failed.details)
 
     # ------------------------------------------------------------ the queue
 

@@ -22,15 +22,8 @@ from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.limits import Limits
-from pagedd_daemon.front.models import (
-    Clock,
-    Conversation,
-    Entry,
-    Lease,
-    Model,
-    Models,
-    Source,
-)
+from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
+from pagedd_daemon.front.models import Lease, Model, Models
 from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.sessions import Sessions, Turn
 from pagedd_daemon.front.status import Board

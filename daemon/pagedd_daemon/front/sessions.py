@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pagedd_daemon.front.errors import WireError, limit_error
-from pagedd_daemon.front.models import Conversation, Model, Rendered
+from pagedd_daemon.front.model_ports import Conversation, Rendered
+from pagedd_daemon.front.models import Model
 from pagedd_daemon.front.requests import SessionOpen, SessionSay
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pagedd_daemon.front.config import Settings
 from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
 from pagedd_daemon.front.engine_link import Engine, EngineListener, EngineProcess
-from pagedd_daemon.front.errors import RETRYABLE, WireError
+from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import ChatPrompt, HelperError, HelperPool, ModelText
-from pagedd_daemon.front.models import Conversation, Entry, Rendered, Text
+from pagedd_daemon.front.model_ports import Conversation, Entry, Rendered, Text, wire_error
 from pagedd_daemon.helper.protocol import SIMULATED
 from pagedd_daemon.messages import Configure
 from pagedd_daemon.models.errors import ModelError
@@ -19,8 +19,7 @@ from pagedd_daemon.models.registry import ModelEntry, Registry
 
 
 def _refused(error: HelperError | ModelError) -> WireError:
-    code = error.code if error.code in RETRYABLE else "E_HELPER"
-    return WireError(code, error.message, details=error.details)
+    return wire_error(error.code, error.message, error.details)
 
 
 class HelperText:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pagedd_daemon.front.accounts import Accounts
-from pagedd_daemon.front.models import Clock, Model, Models, State, Timer
+from pagedd_daemon.front.model_ports import Clock, Timer
+from pagedd_daemon.front.models import Model, Models, State
 from pagedd_daemon.front.streams import Streams
 from pagedd_daemon.messages import AskSnapshot, Snapshot
 

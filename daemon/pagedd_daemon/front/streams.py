@@ -8,14 +8,15 @@ only then is its lease on the model given back.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.calls import Call
 from pagedd_daemon.front.detokenizer import Detokenizer, PieceTable, pack_ids, unpack_ids
-from pagedd_daemon.front.errors import RETRYABLE, WireError
-from pagedd_daemon.front.models import Clock, Model, Models, Timer
+from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.model_ports import Clock, Timer, wire_error
+from pagedd_daemon.front.models import Model, Models
 from pagedd_daemon.front.ports import Connection, Transport
 from pagedd_daemon.front.requests import Generation
 from pagedd_daemon.front.sessions import Turn
@@ -362,13 +363,6 @@ class Streams:
     def _tell(self, stream: Stream, message: ToEngine) -> None:
         if stream.lease is not None and stream.lease.model is not None:
             stream.lease.model.engine.send(message)
-
-
-def wire_error(code: str, message: str, details: Mapping[str, Any]) -> WireError:
-    """An error that another of our processes found, for the client."""
-    if code not in RETRYABLE:
-        code, message = "E_INTERNAL", f"{code}: {message}"
-    return WireError(code, message, details=details)
 
 
 def _check(request: Generation, prompt: array[int], model: Model) -> int:
