@@ -71,7 +71,7 @@ class ByteVocabulary:
     def encode(self, text: bytes, *, special: bool, glued: bool = False) -> array[int]:
         """See `Vocabulary.encode`."""
         if not special or b"<|" not in text:
-            return array("i", text)
+            return array("i", list(text))  # of bytes, array would take four for one id
         return array("i", [self._IDS.get(m, m[0]) for m in self._SPECIAL.findall(text)])
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class LlamaVocabulary:
         self._model = native.llama_model_load_from_file(bytes(header.path), params)
         if not self._model:
             raise ModelFileError(
-                header.path, f"was refused by llama.cpp: {log.last_error or 'no reason given'}"
+                header.path, f"was refused by llama.cpp: {log.first_error or 'no reason given'}"
             )
         vocab = self._vocab = native.llama_model_get_vocab(self._model)
         self.size = int(native.llama_vocab_n_tokens(vocab))
@@ -186,21 +186,21 @@ class LlamaVocabulary:
 
 
 class _Log:
-    """Keeps llama.cpp's last complaint, and the rest of its log away from the terminal."""
+    """Keeps llama.cpp's first complaint, and the rest of its log away from the terminal."""
 
     _callback: Any = None  # llama.cpp holds the pointer for the life of the process
-    last_error = ""
+    first_error = ""
 
     def __init__(self, native: Any) -> None:
-        _Log.last_error = ""
+        _Log.first_error = ""
         if _Log._callback is None:
             _Log._callback = native.llama_log_callback(self._take)
             native.llama_log_set(_Log._callback, ctypes.c_void_p(0))
 
     @staticmethod
     def _take(level: int, text: bytes, _data: Any) -> None:
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            _Log.last_error = text.decode("utf-8", "replace").strip()[:300]
+        if level == 4 and not _Log.first_error:  # GGML_LOG_LEVEL_ERROR
+            _Log.first_error = text.decode("utf-8", "replace").strip()[:300]
 
 
 def open_vocabulary(source: str, header: GgufHeader | None) -> Vocabulary:
