@@ -6,10 +6,11 @@ worker that waits costs nothing, so two of them can own the machine alternately.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
@@ -94,5 +95,15 @@ def serve(handle: Callable[[Answer], Answer]) -> None:
             answer = handle(json.loads(line))
         except Exception as error:
             # Whatever it was, the parent must hear of it.
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+async def serve_async(handle: Callable[[Answer], Awaitable[Answer]]) -> None:
+    """`serve` for a worker that lives in an event loop: it goes on running between orders."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        try:
+            answer = await handle(json.loads(line))
+        except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
