@@ -3,9 +3,9 @@
 #   PYTHON=...   interpreter to make .venv with (3.10 or later; found by itself otherwise)
 #   QUICK=1      bench targets: every row on a smaller sample, about a minute, marked as such
 
+FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
-	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
-	&& echo "$$p" && break; done)
+	"$$p" -c '$(FITS)' 2>/dev/null && echo "$$p" && break; done)
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -41,6 +41,8 @@ clean: ## remove .venv and everything else that was built or cached here
 
 # A stamp: made once, and again only when what is to be installed changes.
 $(READY): pyproject.toml packaging/dev/bootstrap.py
-	@test -n "$(PYTHON)" || { echo "pagedd needs Python 3.10 or later with the venv module (Debian and Ubuntu: apt install python3-venv); set PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || { echo >&2 "pagedd needs Python 3.10 or later with the" \
+		"venv module (Debian and Ubuntu: apt install python3-venv); found: '$(PYTHON)'." \
+		"Name one with make PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" packaging/dev/bootstrap.py
 	@touch $@

@@ -1,9 +1,9 @@
 """Makes a checkout ready: ``.venv``, the packages of ``pyproject.toml``, the model of the tests.
 
-Runs on the system's Python with the standard library only. Every step shows that it is alive: one
-line that counts the time on a terminal, a plain line now and then elsewhere. What was done before
-is kept, so an interrupted run goes on where it stopped. All output of pip is in
-``.venv/install.log``.
+Runs on the system's Python (3.10 or later: the Makefile sees to it) with the standard library only.
+Every step shows that it is alive: one line that counts the time on a terminal, a plain line now and
+then elsewhere. What was done before is kept, so an interrupted run goes on where it stopped. All
+output of pip is in ``.venv/install.log``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 LOG = VENV / "install.log"
 
-OLDEST_PYTHON = (3, 10)
 PLAIN_LINE_SECONDS = 20.0
 """How often a line is printed where the output is no terminal: a log stays short, and whoever
 watches it is never left without news for long."""
@@ -132,11 +131,6 @@ def run_logged(title: str, command: Sequence[str]) -> None:
 
 def check_machine() -> None:
     """Refuse early, with what to install, rather than after minutes of downloading."""
-    if sys.version_info < OLDEST_PYTHON:
-        raise SetupError(
-            f"pagedd needs Python 3.10 or later; {sys.executable} is {sys.version.split()[0]}. "
-            "Name another one with make PYTHON=/path/to/python3"
-        )
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))):
         raise SetupError(
             "pagedd needs a C++ compiler, to build llama.cpp "
