@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvpager.types import CopyBlock, Load, Page, Release, Store, Tier
@@ -16,6 +17,7 @@ from pagedd_daemon.backends.chain import ContentError
 from pagedd_daemon.backends.simulated import Faults, SimulatedBackend
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.messages import Configure
+from tests.support.driver import Driver, Scenario
 from tests.support.steps import greedy, ids
 
 VOCAB = 300
@@ -237,3 +239,36 @@ def test_small_vocabularies_work_with_every_parameter() -> None:
     for _, drawn in result.drawn:
         assert 0 <= drawn.token < 7
         assert len(drawn.top) == 3
+
+
+class Plain:
+    """Every text once more, in a pool of its own."""
+
+    def judge(self, text: list[int]) -> npt.NDArray[np.bool_]:
+        backend = SimulatedBackend.from_configure(replace(CONFIGURE, kv_tokens=2048))
+        table = np.arange(128, dtype=np.int32)
+        good = [False]
+        for at in range(len(text) - 1):
+            run = Run(0, at, ids(text[at : at + 1]), table, [Draw(0, greedy(VOCAB))])
+            ((_, drawn),) = backend.collect(backend.launch(Step(at, [run]))).drawn
+            good.append(drawn.token == text[at + 1])
+        return np.array(good)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("seed", range(50, 54))
+def test_random_events_never_change_a_text(keep: bool, seed: int) -> None:
+    """The pager against the content: with cached pages on the first tier, and without."""
+    configure = replace(CONFIGURE, ram_bytes=50 * 16 * 8192)
+    backend = SimulatedBackend.from_configure(configure, verify=True, keep_cached_on_gpu=keep)
+    scenario = Scenario(Driver(backend), Plain().judge, seed)
+    scenario.play(600)
+    assert {"_admit", "_step", "_fork", "_preempt", "_resume", "_truncate"} <= set(scenario.done)
+
+
+def test_failing_transfers_never_change_a_text() -> None:
+    faults = Faults(transfers=set(range(0, 1000, 3)))
+    configure = replace(CONFIGURE, ram_bytes=50 * 16 * 8192)
+    backend = SimulatedBackend.from_configure(configure, verify=True, faults=faults)
+    scenario = Scenario(Driver(backend), Plain().judge, 60)
+    scenario.play(600)
