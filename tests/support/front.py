@@ -292,6 +292,7 @@ class Front:
         )
         self.service.transport = self.transport
         self._numbers = itertools.count(1)
+        self._replied = asyncio.Event()
 
     async def __aenter__(self) -> Front:
         return self
@@ -309,8 +310,19 @@ class Front:
         """What the request is answered with, in a list that may fill later."""
         replies: list[Event] = []
         connection = client.connection if client else None
-        self.service.control(1000, request, connection, replies.append)
+
+        def reply(event: Event) -> None:
+            replies.append(event)
+            self._replied.set()
+
+        self.service.control(1000, request, connection, reply)
         return replies
+
+    async def settled(self, condition: Callable[[], bool]) -> None:
+        """Wait for replies of `control` that make the condition true."""
+        while not condition():
+            self._replied.clear()
+            await self._replied.wait()
 
 
 @dataclass

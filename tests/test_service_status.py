@@ -1,0 +1,193 @@
+"""What status, stats and ping say, and what they cost."""
+
+from __future__ import annotations
+
+from pagedd_daemon import messages as m
+from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.accounts import REMEMBER_S, Account
+from pagedd_daemon.front.journal import Journal, Remembered
+from tests.support.front import Client, FakeEngine, Front, run
+
+FIGURES = {
+    "kv": {
+        tier: {"blocks_total": 10, "used": 3, "cached": 2, "free": 5}
+        for tier in ("gpu", "ram", "disk")
+    },
+    "split": {"token_state": 40, "reserved": 2, "internal": 6, "external": 0},
+    "sequences": {"running": 2, "swapped": 1, "ids_total": 256},
+    "requests": {"running": 1, "waiting": 1, "paused": 0},
+    "apps": {
+        "app": {
+            "running": 1,
+            "waiting": 0,
+            "kv_gpu_tokens": 48,
+            "kv_ram_tokens": 16,
+            "kv_disk_tokens": 0,
+        }
+    },
+    "pager": {"stored_pages": 7},
+    "memory": {"weights": 1, "kv_pool": 2, "ram_tier": 3},
+}
+
+
+async def ready(front: Front) -> tuple[Client, FakeEngine]:
+    client = front.connect("app", "interactive")
+    await client.end(client.ask(r.Load))
+    return client, front.source.engines[0]
+
+
+def test_status_of_a_busy_engine_waits_for_fresh_figures_and_has_every_field() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            client.generate()
+            rid = (await engine.hears(m.Submit)).rid
+            engine.write(rid, "abc", steps=17)
+            await client.until("r1", "chunk")
+            replies = front.control(r.Status(id="s"))
+            await engine.hears(m.AskSnapshot)
+            assert replies == []
+            engine.say(m.Snapshot(FIGURES))
+            stats = front.control(r.Stats(id="t"))
+            assert stats == []  # one question for both
+            await front.settled(lambda: bool(replies and stats))
+            (status,) = replies
+            assert status["version"] == "1.2.3"
+            assert status["state"] == "ready"
+            assert status["steps"] == 17
+            assert (status["backend"], status["device"]) == ("simulated", "CPU")
+            assert status["models"] == [
+                {
+                    "name": "a",
+                    "size_bytes": 1,
+                    "context_tokens": 1000,
+                    "block_tokens": 16,
+                    "expires_s": 300.0,
+                }
+            ]
+            assert status["kv"] == FIGURES["kv"]
+            assert status["split"] == FIGURES["split"]
+            assert status["sequences"] == FIGURES["sequences"]
+            assert status["requests"] == FIGURES["requests"]
+            (app,) = status["apps"]
+            assert (app["app"], app["class"], app["connections"]) == ("app", "interactive", 1)
+            assert app["kv"] == {"gpu": 48, "ram": 16, "disk": 0}
+            assert (app["running"], app["waiting"], app["generated_tokens"]) == (1, 0, 3)
+            assert stats[0]["pager"] == {"stored_pages": 7}
+
+    run(scenario())
+
+
+def test_an_engine_that_does_not_answer_in_time_delays_status_and_no_more() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            client.generate()
+            await engine.hears(m.Submit)
+            replies = front.control(r.Status(id="s"))
+            front.clock.advance(0.11)
+            assert replies[0]["kv"]["gpu"] == {
+                "blocks_total": 0,
+                "used": 0,
+                "cached": 0,
+                "free": 0,
+            }
+
+    run(scenario())
+
+
+def test_an_idle_engine_is_not_asked_and_ping_shows_its_steps() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            request = client.generate()
+            rid = (await engine.hears(m.Submit)).rid
+            engine.close_request(rid, generated=1)
+            await client.end(request)
+            (status,) = front.control(r.Status(id="s"))
+            assert status["requests"] == {"running": 0, "waiting": 0, "paused": 0}
+            assert engine.count(m.AskSnapshot) == 0
+            (ping,) = front.control(r.Ping(id="p"))
+            assert (ping["steps"], ping["state"]) == (2, "ready")
+            assert front.clock.pending == 1  # keep_alive; nothing ticks
+
+    run(scenario())
+
+
+def test_an_app_is_listed_with_its_figures_for_a_while_after_it_has_left() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            request = client.generate()
+            rid = (await engine.hears(m.Submit)).rid
+            engine.write(rid, "abcd")
+            engine.close_request(rid, generated=4, prompt=3)
+            await client.end(request)
+            front.service.closed(client.connection)
+            front.clock.advance(REMEMBER_S - 1)
+            (status,) = front.control(r.Status(id="s"))
+            (app,) = status["apps"]
+            assert (app["connections"], app["class"]) == (0, None)
+            assert (app["prompt_tokens"], app["cached_tokens"], app["generated_tokens"]) == (
+                3,
+                1,
+                4,
+            )
+            assert app["hit_percent"] == 33.3
+            assert app["ttft_ms"] == 4.0
+            front.clock.advance(2)
+            (status,) = front.control(r.Status(id="s"))
+            assert status["apps"] == []
+            (stats,) = front.control(r.Stats(id="t"))
+            assert stats["tokens"] == {"prompt": 3, "cached": 1, "generated": 4}
+            assert stats["requests"]["finished"] == 1
+
+    run(scenario())
+
+
+def test_requests_the_engine_does_not_have_yet_wait() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            front.source.automatic = False
+            client = front.connect()
+            client.generate()
+            client.generate()
+            (status,) = front.control(r.Status(id="s"))
+            assert status["requests"]["waiting"] == 2
+            assert status["apps"][0]["waiting"] == 2
+
+    run(scenario())
+
+
+def test_shutdown_is_answered_at_once_and_passed_on() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            (reply,) = front.control(r.Shutdown(id="x"))
+            assert reply["type"] == "result"
+            front.control(r.Shutdown(id="y", drain=False))
+            assert front.shutdowns == [True, False]
+
+    run(scenario())
+
+
+def test_tokens_per_second_are_those_of_the_last_ten_seconds() -> None:
+    account = Account("app", 1)
+    for second in range(100, 120):
+        account.generated(30, second + 0.5)
+    assert account.tokens_per_s(120.0) == 30.0
+    assert account.tokens_per_s(125.0) == 15.0
+    assert account.tokens_per_s(1000.0) == 0.0
+
+
+def test_finished_journals_are_forgotten_oldest_first_over_the_budget() -> None:
+    remembered = Remembered(budget_bytes=400)
+    journals = []
+    for number in range(4):
+        journal = Journal(f"r{number}")
+        journal.append({"id": "", "seq": 0, "type": "result", "text": "x" * 150})
+        remembered.add(journal)
+        journals.append(journal)
+    assert [journal.forgotten for journal in journals] == [True, True, False, False]
+    assert remembered.size_bytes <= 400
+    remembered.forget(journals[2])
+    assert remembered.size_bytes == journals[3].size_bytes
