@@ -158,7 +158,9 @@ class Admission:
         full = computed // size
         plan = self._look_up(state.chain, full, state)
         hits = len(plan.blocks)
-        plan.total = -(-max(computed, state.known_tokens) // size)
+        # With room for one token more, so that it makes progress before it can be a victim again.
+        total = -(-max(computed + 1, state.known_tokens) // size)
+        plan.total = min(total, self._config.gpu_blocks)
         plan.computed = hits * size
         if hits == full and full < len(state.held):
             slot = state.held[full]
@@ -213,24 +215,19 @@ class Admission:
         return self._refusal(state.id, plan)
 
     def _refusal_group(self, members: list[SequenceState], plans: list[Plan]) -> Deferred | None:
-        """Why the group cannot come back as a whole; pages that siblings share count once."""
+        """Why the group cannot come back as a whole; full pages that siblings share count once."""
         ids = sum(state.ids for state in members)
         if self._ids_missing(ids):
             return self._no_ids(members[0].id, ids)
         need = 0
         loads: set[int] = set()
-        tails: set[tuple[int, int]] = set()
         found: set[int] = set()
         for plan in plans:
             if plan.reason is not None:
                 return Deferred(members[0].id, plan.reason, plan.total, 0)
             wanted = set(plan.nodes[plan.blocks < 0].tolist())
             need += plan.total - len(plan.blocks) + len(wanted - loads)
-            tail = (plan.tail, plan.computed)
-            if plan.tail >= 0 and tail in tails:
-                need -= 1
             loads |= wanted
-            tails.add(tail)
             found.update(plan.blocks[plan.blocks >= 0].tolist())
         if need > self._pool.blocks.limit:
             return None  # never all at once: they come back one by one

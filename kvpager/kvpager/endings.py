@@ -236,15 +236,16 @@ class Endings:
         """Register its full blocks where no other block stands for their pages; how many are full.
 
         A block may have stayed unregistered because another held the same page, and no longer does.
+        Where pages live in the cells of sequences, a block that others hold too may be whole in
+        this sequence alone (they were truncated): it cannot be shared from them.
         """
         full = int(self._seqs.computed[state.slot]) // self._size
         nodes = self._pool.index.find_all(state.chain, full)
         on_gpu = np.where(nodes >= 0, self._pool.index.wheres[Tier.GPU][nodes], -1)
         for index in np.flatnonzero(on_gpu < 0).tolist():
-            at = index * DIGEST
-            before = bytes(state.chain[at - DIGEST : at]) if index else None
-            digest = bytes(state.chain[at : at + DIGEST])
-            self._pool.register(int(state.table[index]), digest, before)
+            block = int(state.table[index])
+            if self._config.keep_cached_on_gpu or self._pool.blocks.refcount[block] == 1:
+                self._pool.register(block, *state.names(index))
         return full
 
     def _keep_pages(self, state: SequenceState, out: list[Instruction]) -> None:
@@ -257,11 +258,11 @@ class Endings:
         touched: list[int] = []
         missing: list[int] = []
         for i, node in enumerate(nodes):
-            slot = index.where[Tier.RAM][node]
+            slot = index.where[Tier.RAM][node] if node >= 0 else -1
             if slot >= 0:
                 ram.pin(slot)
                 touched.append(slot)
-            elif (
+            elif node < 0 or (
                 index.where[Tier.GPU][node] == state.table[i]
                 and pool.blocks.refcount[state.table[i]] == 1
             ):
@@ -271,7 +272,7 @@ class Endings:
             slot = ram.take(swap=False)
             if slot < 0:
                 break  # pages behind a missing one would never be found
-            ram.name(slot, nodes[i])
+            ram.name(slot, nodes[i] if nodes[i] >= 0 else index.add_after(*state.names(i)))
             pages.append(Page(i, int(state.table[i]), slot, self._size))
         if pages:
             self._transfers.begin_store(state.id, pages, touched, out)
@@ -320,7 +321,7 @@ class Endings:
         """Store what is not in RAM yet and hold it all there; False, and nothing done, if not."""
         ram, index = self._pool.ram, self._pool.index
         nodes = index.find_all(state.chain, full).tolist()
-        slots = [index.where[Tier.RAM][node] for node in nodes]
+        slots = [index.where[Tier.RAM][node] if node >= 0 else -1 for node in nodes]
         partial = int(state.table[full]) if tail else -1
         if tail:
             slots.append(tails.get((partial, tail), -1))
@@ -344,7 +345,7 @@ class Endings:
             slots[i] = fresh = ram.take(swap=True)
             ram.hold(fresh)
             if i < full:
-                ram.name(fresh, nodes[i])
+                ram.name(fresh, nodes[i] if nodes[i] >= 0 else index.add_after(*state.names(i)))
             else:
                 tails[partial, tail] = fresh
             pages.append(Page(i, int(state.table[i]), fresh, self._size if i < full else tail))

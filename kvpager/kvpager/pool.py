@@ -95,6 +95,7 @@ class Pool:
             else:
                 arrays.cached.push_newest(block)
         else:
+            self.forget(block)
             self._free(block)
 
     def retire(self, epoch: int) -> None:
@@ -145,7 +146,7 @@ class Pool:
         arrays, index = self.blocks, self.index
         node = index.find(digest)
         if node < 0:
-            node = index.add(digest, -1 if before is None else index.find(before))
+            node = index.add_after(digest, before)
         twin = index.where[Tier.GPU][node]
         if twin < 0:
             index.place(node, Tier.GPU, block)

@@ -125,6 +125,10 @@ class PageIndex:
         self.parent[node] = parent
         return node
 
+    def add_after(self, digest: bytes, before: bytes | None) -> int:
+        """A node for a page that continues the page ``before``, None for the first of a chain."""
+        return self.add(digest, -1 if before is None else self.find(before))
+
     def place(self, node: int, tier: Tier, slot: int) -> None:
         """The page is resident in ``tier`` from now on."""
         assert self.where[tier][node] == _NOWHERE

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpager.errors import ImpossibleEventError
+from kvpager.prefix import DIGEST
 from kvpager.types import Attach, Free, Preempt, PriorityClass, Tokens
 
 _STORY_LENGTH = 32
@@ -87,6 +88,12 @@ class SequenceState:
     def blocks_held(self) -> npt.NDArray[np.int32]:
         """The block table: int32, shape ``(blocks,)``, a view."""
         return self.table[: self.blocks]
+
+    def names(self, index: int) -> tuple[bytes, bytes | None]:
+        """The digest of its page ``index``, and that of the page in front of it."""
+        at = index * DIGEST
+        before = bytes(self.chain[at - DIGEST : at]) if index else None
+        return bytes(self.chain[at : at + DIGEST]), before
 
     def extend_table(self, blocks: Sequence[int]) -> None:
         """Append to the block table."""

@@ -251,8 +251,4 @@ class Steps:
         if len(state.chain) < last * DIGEST:
             extend_chain(state.chain, state.root, state.known[: last * self._size], self._size)
         for index in range(first, last):
-            at = index * DIGEST
-            before = bytes(state.chain[at - DIGEST : at]) if index else None
-            self._pool.register(
-                int(state.table[index]), bytes(state.chain[at : at + DIGEST]), before
-            )
+            self._pool.register(int(state.table[index]), *state.names(index))
