@@ -167,6 +167,7 @@ def test_an_id_outside_the_vocabulary_is_an_error(token: int) -> None:
 
 def test_packed_ids_round_trip_and_a_broken_length_is_an_error() -> None:
     assert pack_ids([1, 258]) == b"\x01\x00\x00\x00\x02\x01\x00\x00"
+    assert pack_ids(b"ab") == pack_ids([97, 98])
     assert list(unpack_ids(pack_ids([0, 5, 49151]))) == [0, 5, 49151]
     with pytest.raises(ValueError, match="multiple"):
         unpack_ids(b"abc")

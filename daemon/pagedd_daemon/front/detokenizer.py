@@ -34,7 +34,8 @@ def unpack_ids(packed: bytes) -> array[int]:
 
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids as packed little-endian int32."""
-    packed = array(_INT32, ids)
+    # Of a bytes object, array would take four for one id.
+    packed = array(_INT32, ids if isinstance(ids, array) else iter(ids))
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class HelperPool:
         name = _absolute(str(source))
         self._models.pop(name, None)
         try:
-            raw = await self._shielded(self._perform(["open", name], None))
+            raw = await self._shielded(self._perform_open(name))
         except HelperDiedError as error:
             raise HelperError(
                 "E_MODEL",
@@ -150,8 +150,7 @@ class HelperPool:
         self._models[name] = raw["digest"]
         while len(self._models) > _KEPT_MODELS:
             del self._models[next(iter(self._models))]
-        others = [w for w in self._idle if name not in w.models]
-        await asyncio.gather(*(self._shielded(self._warm(worker)) for worker in others))
+        await asyncio.gather(*(self._shielded(self._warm(worker)) for worker in self._idle))
         table = None
         if raw["has_tokenizer"]:
             table = PieceTable.from_wire(
@@ -292,32 +291,44 @@ class HelperPool:
         if not task.cancelled():
             task.exception()  # the caller may have gone
 
-    async def _perform(self, request: list[Any], model: ModelText | None) -> Any:
+    async def _perform(self, request: list[Any], model: ModelText) -> Any:
         """A request on a free process; once more if another cause than the request ended it."""
         body = frame(msgpack.packb(request))
+        heavy = request[0] != "tokenize" or len(body) > _HEAVY_BYTES
+        seconds = self._limits.request_s + self._limits.request_s_per_mib * len(body) / 2**20
+
+        async def work(worker: HelperProcess) -> Any:
+            await self._ensure_open(worker, model.source, model.digest)
+            return await self._timed(worker, body, seconds)
+
+        return await self._on_a_process(work, heavy=heavy)
+
+    async def _perform_open(self, source: str) -> dict[str, Any]:
+        """Open a model on a free process, even if it has it open: the file may be another."""
+        opened: dict[str, Any] = await self._on_a_process(
+            lambda worker: self._open_on(worker, source), heavy=True
+        )
+        return opened
+
+    async def _on_a_process(
+        self, work: Callable[[HelperProcess], Awaitable[Any]], *, heavy: bool
+    ) -> Any:
         for attempt in (1, 2):
-            worker = await self._acquire(heavy=request[0] != "tokenize" or len(body) > _HEAVY_BYTES)
+            worker = await self._acquire(heavy=heavy)
             try:
-                if model is not None:
-                    await self._ensure_open(worker, model.source, model.digest)
-                return await self._timed(worker, body, request[0])
+                return await work(worker)
             except HelperDiedError as error:
                 if error.culprit or attempt == 2 or self._closing.is_set():
                     raise
             finally:
-                if request[0] == "open" and worker.alive:
-                    worker.models[request[1]] = None
                 self._release(worker)
         raise AssertionError("unreachable")
 
-    async def _timed(self, worker: HelperProcess, body: bytes, operation: str) -> Any:
+    async def _timed(self, worker: HelperProcess, body: bytes, seconds: float) -> Any:
         """A call with its time limit; one that is slow makes room for another process."""
-        limits = self._limits
-        seconds = limits.request_s + limits.request_s_per_mib * len(body) / 2**20
-        if operation == "open":
-            seconds = limits.open_s
         slow: list[bool] = []
-        timer = asyncio.get_running_loop().call_later(limits.slow_s, self._became_slow, slow)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._limits.slow_s, self._became_slow, slow)
         try:
             return await worker.call(body, seconds)
         finally:
@@ -330,20 +341,29 @@ class HelperPool:
         self._refill()
 
     async def _ensure_open(self, worker: HelperProcess, source: str, digest: bytes) -> None:
-        """Open a model in a process that does not have it."""
-        if source in worker.models:
+        """Open a model in a process that does not have it.
+
+        Raises:
+            HelperError: The file is not the one with this digest any more (``E_MODEL``).
+        """
+        if worker.models.get(source) == digest:
             return
-        body = frame(msgpack.packb(["open", source]))
-        raw = await worker.call(body, self._limits.open_s)
-        worker.models[source] = None
+        raw = await self._open_on(worker, source)
         if raw["digest"] != digest:
             raise HelperError(
                 "E_MODEL", f"{source}: the file has changed since it was loaded", {"path": source}
             )
+
+    async def _open_on(self, worker: HelperProcess, source: str) -> dict[str, Any]:
+        worker.models.pop(source, None)
+        body = frame(msgpack.packb(["open", source]))
+        raw: dict[str, Any] = await worker.call(body, self._limits.open_s)
+        worker.models[source] = raw["digest"]
         while len(worker.models) > _KEPT_MODELS:
             oldest = next(iter(worker.models))
             del worker.models[oldest]
             await worker.call(frame(msgpack.packb(["close", oldest])), self._limits.request_s)
+        return raw
 
     async def _opens(self, worker: HelperProcess, source: str, digest: bytes) -> bool:
         """Whether a model can still be opened as it was."""
@@ -374,6 +394,8 @@ class HelperPool:
         Raises:
             HelperError: None was free for too long.
         """
+        if self._closing.is_set():
+            raise HelperError("E_HELPER", "the daemon is shutting down")
         waiter: asyncio.Future[HelperProcess] = asyncio.get_running_loop().create_future()
         self._waiting[heavy].append(waiter)
         self._dispatch()

@@ -40,9 +40,10 @@ class HelperError(Exception):
 class HelperDiedError(Exception):
     """The process ended before it answered."""
 
-    def __init__(self, returncode: int | None) -> None:
+    def __init__(self, returncode: int | None, *, begun: bool = True) -> None:
         super().__init__(_death(returncode))
-        self.culprit = returncode is not None and -returncode not in _OUTSIDE
+        self.culprit = begun and returncode is not None and -returncode not in _OUTSIDE
+        """The request is to blame: it would end the next process, too."""
 
 
 class HelperProcess(asyncio.Protocol):
@@ -52,8 +53,8 @@ class HelperProcess(asyncio.Protocol):
         self, process: subprocess.Popen[bytes], lost: Callable[[HelperProcess], None]
     ) -> None:
         self.process = process
-        self.models: dict[str, None] = {}
-        """Sources it has open, oldest first."""
+        self.models: dict[str, bytes] = {}
+        """Digests of the models it has open, by source, oldest first."""
         self.alive = True
         self.retire = False
         self._lost = lost
@@ -108,7 +109,7 @@ class HelperProcess(asyncio.Protocol):
             HelperDiedError: The process ended.
         """
         if not self.alive or self._transport is None:
-            raise HelperDiedError(await self.reap())
+            raise HelperDiedError(await self.reap(), begun=False)
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(body)
         try:
