@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pagedd_daemon import messages as m
 from pagedd_daemon.front import requests as r
-from pagedd_daemon.front.ports import Event
 from tests.support.front import Client, FakeEngine, Front, run
-
-
-def status(front: Front) -> Event:
-    (reply,) = front.control(r.Status(id="s"))
-    return reply
 
 
 async def serve(engine: FakeEngine) -> int:
@@ -33,12 +27,12 @@ def test_requests_wait_for_the_model_that_start_up_loads() -> None:
             client = front.connect()
             request = client.generate()
             engine = await front.source.engine(0)
-            assert status(front)["state"] == "loading"
+            assert (await front.status())["state"] == "loading"
             engine.say(m.Loading(0.5))
             engine.say(front.source.ready)
             await serve(engine)
             await client.end(request)
-            assert status(front)["state"] == "ready"
+            assert (await front.status())["state"] == "ready"
             assert front.source.loads == ["a"]
 
     run(scenario())
@@ -50,7 +44,7 @@ def test_without_a_model_loaded_or_configured_a_request_is_told_so() -> None:
             client = front.connect()
             error = await client.end(client.generate())
             assert (error["code"], error["retryable"]) == ("E_NO_MODEL", True)
-            assert status(front)["state"] == "asleep"
+            assert (await front.status())["state"] == "asleep"
             assert front.source.engines == []
 
     run(scenario())
@@ -63,7 +57,7 @@ def test_an_unknown_model_is_refused_and_the_loaded_one_stays() -> None:
             await loaded(front, client)
             error = await client.end(client.generate(model="nonsense"))
             assert error["code"] == "E_MODEL"
-            assert status(front)["models"][0]["name"] == "a"
+            assert (await front.status())["models"][0]["name"] == "a"
 
     run(scenario())
 
@@ -99,7 +93,7 @@ def test_an_engine_that_dies_while_loading_fails_those_who_wait() -> None:
             (await front.source.engine(0)).die(-9)
             error = await client.end(request)
             assert error["code"] == "E_ENGINE"
-            assert status(front)["state"] == "degraded"
+            assert (await front.status())["state"] == "degraded"
 
     run(scenario())
 
@@ -182,7 +176,7 @@ def test_the_model_is_unloaded_when_keep_alive_has_passed_and_asking_does_not_wa
         async with Front() as front:
             client = front.connect()
             engine = await loaded(front, client)
-            assert status(front)["models"][0]["expires_s"] == 300.0
+            assert (await front.status())["models"][0]["expires_s"] == 300.0
             front.clock.advance(299)
             request = client.generate()
             rid = (await engine.hears(m.Submit)).rid
@@ -190,12 +184,12 @@ def test_the_model_is_unloaded_when_keep_alive_has_passed_and_asking_does_not_wa
             engine.close_request(rid)
             await client.end(request)
             front.clock.advance(299)
-            assert status(front)["state"] == "ready"
+            assert (await front.status())["state"] == "ready"
             front.clock.advance(2)
             await engine.ended()
-            assert status(front)["state"] == "asleep"
-            assert status(front)["models"] == []
-            front.control(r.Stats(id="t"))
+            assert (await front.status())["state"] == "asleep"
+            assert (await front.status())["models"] == []
+            await front.answer(r.Stats(id="t"))
             front.control(r.Ping(id="p"))
             await client.end(client.ask(r.Models))
             assert len(front.source.engines) == 1
@@ -215,7 +209,7 @@ def test_a_request_says_how_long_its_model_stays() -> None:
                 request = client.generate(keep_alive=keep_alive)
                 await serve(engine)
                 await client.end(request)
-                assert status(front)["models"][0]["expires_s"] == expires
+                assert (await front.status())["models"][0]["expires_s"] == expires
             request = client.generate(keep_alive=0)
             await serve(engine)
             await client.end(request)
@@ -232,7 +226,7 @@ def test_a_model_kept_for_ever_stays() -> None:
             await client.end(client.ask(r.Load, keep_alive=-1))
             assert front.clock.pending == 0
             front.clock.advance(1e9)
-            assert status(front)["state"] == "ready"
+            assert (await front.status())["state"] == "ready"
 
     run(scenario())
 

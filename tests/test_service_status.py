@@ -44,6 +44,7 @@ def test_status_of_a_busy_engine_waits_for_fresh_figures_and_has_every_field() -
             rid = (await engine.hears(m.Submit)).rid
             engine.write(rid, "abc", steps=17)
             await client.until("r1", "chunk")
+            engine.figures = None
             replies = front.control(r.Status(id="s"))
             await engine.hears(m.AskSnapshot)
             assert replies == []
@@ -84,6 +85,7 @@ def test_an_engine_that_does_not_answer_in_time_delays_status_and_no_more() -> N
             client, engine = await ready(front)
             client.generate()
             await engine.hears(m.Submit)
+            engine.figures = None
             replies = front.control(r.Status(id="s"))
             front.clock.advance(0.11)
             assert replies[0]["kv"]["gpu"] == {
@@ -96,7 +98,7 @@ def test_an_engine_that_does_not_answer_in_time_delays_status_and_no_more() -> N
     run(scenario())
 
 
-def test_an_idle_engine_is_not_asked_and_ping_shows_its_steps() -> None:
+def test_an_engine_that_has_been_idle_since_its_figures_came_is_not_asked() -> None:
     async def scenario() -> None:
         async with Front() as front:
             client, engine = await ready(front)
@@ -104,9 +106,10 @@ def test_an_idle_engine_is_not_asked_and_ping_shows_its_steps() -> None:
             rid = (await engine.hears(m.Submit)).rid
             engine.close_request(rid, generated=1)
             await client.end(request)
-            (status,) = front.control(r.Status(id="s"))
+            await front.status()  # asked before the engine's figures of its idleness have come
+            status = await front.status()
             assert status["requests"] == {"running": 0, "waiting": 0, "paused": 0}
-            assert engine.count(m.AskSnapshot) == 0
+            assert engine.count(m.AskSnapshot) == 1
             (ping,) = front.control(r.Ping(id="p"))
             assert (ping["steps"], ping["state"]) == (2, "ready")
             assert front.clock.pending == 1  # keep_alive; nothing ticks
@@ -125,7 +128,7 @@ def test_an_app_is_listed_with_its_figures_for_a_while_after_it_has_left() -> No
             await client.end(request)
             front.service.closed(client.connection)
             front.clock.advance(REMEMBER_S - 1)
-            (status,) = front.control(r.Status(id="s"))
+            status = await front.status()
             (app,) = status["apps"]
             assert (app["connections"], app["class"]) == (0, None)
             assert (app["prompt_tokens"], app["cached_tokens"], app["generated_tokens"]) == (
@@ -136,11 +139,29 @@ def test_an_app_is_listed_with_its_figures_for_a_while_after_it_has_left() -> No
             assert app["hit_percent"] == 33.3
             assert app["ttft_ms"] == 4.0
             front.clock.advance(2)
-            (status,) = front.control(r.Status(id="s"))
+            status = await front.status()
             assert status["apps"] == []
-            (stats,) = front.control(r.Stats(id="t"))
+            stats = await front.answer(r.Stats(id="t"))
             assert stats["tokens"] == {"prompt": 3, "cached": 1, "generated": 4}
             assert stats["requests"]["finished"] == 1
+
+    run(scenario())
+
+
+def test_an_unloaded_model_leaves_no_figures_behind() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            engine.say(m.Snapshot(FIGURES))
+            request = client.generate()
+            engine.close_request((await engine.hears(m.Submit)).rid)
+            await client.end(request)
+            engine.figures = FIGURES
+            assert (await front.status())["kv"] == FIGURES["kv"]
+            await client.end(client.ask(r.Unload))
+            status = await front.status()
+            assert status["kv"]["gpu"]["blocks_total"] == 0
+            assert (status["steps"], status["backend"]) == (0, None)
 
     run(scenario())
 
@@ -152,7 +173,7 @@ def test_requests_the_engine_does_not_have_yet_wait() -> None:
             client = front.connect()
             client.generate()
             client.generate()
-            (status,) = front.control(r.Status(id="s"))
+            status = await front.status()
             assert status["requests"]["waiting"] == 2
             assert status["apps"][0]["waiting"] == 2
 

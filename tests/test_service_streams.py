@@ -430,7 +430,7 @@ def test_an_engine_that_dies_ends_its_streams_retryably_and_the_next_request_loa
             engine.die(-11)
             error = await client.end(request)
             assert (error["code"], error["retryable"]) == ("E_ENGINE", True)
-            (status,) = front.control(r.Status(id="s"))
+            status = await front.status()
             assert status["state"] == "degraded"
             assert "signal 11" in status["degraded"][0]
             again = client.generate()
@@ -438,7 +438,7 @@ def test_an_engine_that_dies_ends_its_streams_retryably_and_the_next_request_loa
             rid = (await second.hears(m.Submit)).rid
             second.close_request(rid)
             assert (await client.end(again))["type"] == "done"
-            (status,) = front.control(r.Status(id="s"))
+            status = await front.status()
             assert (status["state"], status["degraded"]) == ("ready", [])
 
     run(scenario())

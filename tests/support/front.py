@@ -108,6 +108,8 @@ class FakeEngine:
         self.status = 0
         self._stopped = asyncio.Event()
         self.heard: list[Message] = []
+        self.figures: dict[str, Any] | None = {}
+        """What it answers `AskSnapshot` with; None: nothing."""
         self._taken = 0
         self._changed = asyncio.Event()
         self._listener = listener
@@ -171,6 +173,8 @@ class FakeEngine:
     def _hear(self, message: Message) -> None:
         self.heard.append(message)
         self._changed.set()
+        if isinstance(message, m.AskSnapshot) and self.figures is not None:
+            self.say(m.Snapshot(self.figures))
 
     def _eof(self) -> None:
         self._listener.engine_gone(self, self.status)
@@ -317,6 +321,15 @@ class Front:
 
         self.service.control(1000, request, connection, reply)
         return replies
+
+    async def answer(self, request: r.ControlRequest) -> Event:
+        """The reply to a control request, when it comes."""
+        replies = self.control(request)
+        await self.settled(lambda: bool(replies))
+        return replies[0]
+
+    async def status(self) -> Event:
+        return await self.answer(r.Status(id="s"))
 
     async def settled(self, condition: Callable[[], bool]) -> None:
         """Wait for replies of `control` that make the condition true."""

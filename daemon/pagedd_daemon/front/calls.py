@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from pagedd_daemon.front.journal import Journal, Remembered
 from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Timer
 from pagedd_daemon.front.models import Lease
-from pagedd_daemon.front.ports import Connection, Transport
+from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.requests import Generation, Request
 from pagedd_daemon.front.sessions import Sessions
 
@@ -30,9 +30,7 @@ class Call:
     def __init__(self, transport: Transport, connection: Connection, request: Request) -> None:
         self.connection = connection
         self.id = request.id
-        self.request: Request | None = request
-        """None once it is over: then only the digest is kept."""
-        self.digest = b""
+        self.request = request
         self.journal = Journal(self.id)
         self.over = False
         """Its last event was sent, or its client has gone."""
@@ -55,10 +53,13 @@ class Call:
         self.journal.append(event)
         self._transport.send(self.connection, event)
 
-    def resend(self, after: int) -> None:
-        """Send again every event with ``seq`` above ``after``."""
-        for event in self.journal.since(after):
-            self._transport.send(self.connection, event)
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What is kept of a request that is over."""
+
+    digest: bytes
+    journal: Journal
 
 
 @dataclass(slots=True, eq=False)
@@ -69,8 +70,8 @@ class Peer:
     account: Account
     sessions: Sessions
     live: dict[str, Call] = field(default_factory=dict)
-    finished: dict[str, Call] = field(default_factory=dict)
-    """Over, oldest first, and remembered for a resend."""
+    answered: dict[str, Answered] = field(default_factory=dict)
+    """Over and remembered for a resend, oldest first."""
     slow: Timer | None = None
     """Runs while the client does not read."""
 
@@ -78,8 +79,10 @@ class Peer:
 class Calls:
     """Every request that is live or remembered."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, send: Callable[[Connection, Event], None]) -> None:
+        """``send`` is where events sent again go."""
         self._limits = limits
+        self._send = send
         self._remembered = Remembered(REMEMBERED_BYTES)
         self._live = 0
         self._idle = asyncio.Event()
@@ -118,19 +121,23 @@ class Calls:
         Raises:
             WireError: ``E_DUPLICATE``: it is another request. ``E_LIMIT``: it was too long ago.
         """
-        call = peer.live.get(request.id) or peer.finished.get(request.id)
-        if call is None:
+        live, answered = peer.live.get(request.id), peer.answered.get(request.id)
+        if live is not None:
+            digest, journal = _digest(live.request), live.journal
+        elif answered is not None:
+            digest, journal = answered.digest, answered.journal
+        else:
             return False
-        known = call.digest if call.request is None else _digest(call.request)
-        if known != _digest(request):
+        if digest != _digest(request):
             raise WireError("E_DUPLICATE", "this id is in use by a different request")
-        if call.journal.forgotten:
+        if journal.forgotten:
             raise WireError(
                 "E_LIMIT",
                 "the answer to this request is no longer remembered",
                 details={"limit": "remembered_bytes", "max": REMEMBERED_BYTES},
             )
-        call.resend(request.after if isinstance(request, Generation) else -1)
+        for event in journal.since(request.after if isinstance(request, Generation) else -1):
+            self._send(peer.connection, event)
         return True
 
     def add(self, peer: Peer, call: Call) -> None:
@@ -147,20 +154,18 @@ class Calls:
         peer = self.peers.get(call.connection)
         if peer is None:
             return
-        assert call.request is not None
-        call.digest, call.request = _digest(call.request), None
         del peer.live[call.id]
-        peer.finished[call.id] = call
+        peer.answered[call.id] = Answered(_digest(call.request), call.journal)
         self._remembered.add(call.journal)
-        if len(peer.finished) > self._limits.remembered_requests:
-            oldest = peer.finished.pop(next(iter(peer.finished)))
+        if len(peer.answered) > self._limits.remembered_requests:
+            oldest = peer.answered.pop(next(iter(peer.answered)))
             self._remembered.forget(oldest.journal)
 
     def forget(self, peer: Peer) -> None:
         """The connection is gone."""
         del self.peers[peer.connection]
-        for call in peer.finished.values():
-            self._remembered.forget(call.journal)
+        for answered in peer.answered.values():
+            self._remembered.forget(answered.journal)
 
 
 def _digest(request: Request) -> bytes:

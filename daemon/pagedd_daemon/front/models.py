@@ -98,15 +98,16 @@ class Models:
         default: Entry | None,
         keep_alive_s: float,
         said: Callable[[Message], None],
-        lost: Callable[[Model, str], None],
+        ended: Callable[[Model, str | None], None],
     ) -> None:
-        """``said`` gets what the engine says; ``lost`` a model whose engine died, and how."""
+        """``said`` gets what the engine says; ``ended`` each model whose engine is gone, and how it
+        died if nobody stopped it."""
         self._source = source
         self._clock = clock
         self._default = default
         self._default_keep_alive_s = self._keep_alive_s = keep_alive_s
         self._said = said
-        self._lost = lost
+        self._ended = ended
         self._queue: deque[Lease | _Unload] = deque()
         self._task: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
@@ -224,7 +225,7 @@ class Models:
             self.state = State.ASLEEP
             self._asleep = model.entry
             self._stay()
-            self._lost(model, how)
+            self._ended(model, how)
             self._pump()
 
     # ------------------------------------------------------------ the queue
@@ -339,6 +340,7 @@ class Models:
         self._asleep = model.entry
         self._engine = self.current = None
         await model.engine.stop(_STOP_GRACE_S)
+        self._ended(model, None)
         self.state = State.ASLEEP
         while self._queue and isinstance(asked := self._queue[0], _Unload):
             self._queue.popleft()

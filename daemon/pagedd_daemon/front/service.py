@@ -67,10 +67,12 @@ class FrontService:
         self._version = version
         self._on_shutdown = on_shutdown
         self._secret = secrets.token_bytes(32)
-        self._calls = Calls(limits)
+        self._calls = Calls(
+            limits, lambda connection, event: self.transport.send(connection, event)
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self.models = Models(
-            source, clock, default, keep_alive_s, self._engine_said, self._engine_lost
+            source, clock, default, keep_alive_s, self._engine_said, self._engine_ended
         )
         self._accounts = Accounts()
         self._streams = Streams(self.models, clock, self._salt, self._stream_over)
@@ -181,12 +183,15 @@ class FrontService:
     def _engine_said(self, message: Message) -> None:
         if isinstance(message, StepReport):
             self._streams.report(message)
+            self.board.stale = True
             self.transport.flush()
         elif isinstance(message, Snapshot):
             self.board.take(message)
 
-    def _engine_lost(self, model: Model, how: str) -> None:
-        self._streams.lost(model, how)
+    def _engine_ended(self, model: Model, how: str | None) -> None:
+        if how is not None:
+            self._streams.lost(model, how)
+        self._streams.steps = 0
         self.board.engine_gone()
 
     # ------------------------------------------------------------ life of a request

@@ -38,6 +38,8 @@ class Board:
         self._accounts = accounts
         self.figures: Mapping[str, Any] = {}
         """The engine's last snapshot; empty without an engine."""
+        self.stale = False
+        """A step was made since that snapshot."""
         self.draining = False
         self.notice: str | None = None
         """What every client is told in ``hello``."""
@@ -49,20 +51,22 @@ class Board:
     def take(self, snapshot: Snapshot) -> None:
         """The engine's figures are here."""
         self.figures = snapshot.figures
+        self.stale = False
         self._answer()
 
     def engine_gone(self) -> None:
         """There are no figures any more."""
         self.figures = {}
+        self.stale = False
         self._answer()
 
     def fresh(self, answer: Callable[[], None]) -> None:
         """Call ``answer`` when the figures are fresh, or as fresh as they get in `FRESH_S`.
 
-        An idle engine sent its figures when it became idle; it is not asked, and not woken.
+        An engine that sent its figures when it became idle is not asked again.
         """
         model = self._models.current
-        if model is None or not self._streams.running:
+        if model is None or not (self._streams.running or self.stale):
             answer()
             return
         self._asked.append(answer)

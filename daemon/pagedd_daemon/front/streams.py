@@ -100,7 +100,7 @@ class Sample:
 class Stream(Call):
     """A request that generates."""
 
-    request: Generation | None
+    request: Generation
 
     def __init__(
         self,
@@ -168,7 +168,6 @@ class Streams:
             WireError: The prompt or a token id does not fit the model.
         """
         request = stream.request
-        assert request is not None
         room = _check(request, prompt, model)
         sampling, stopping = request.sampling(), request.stopping()
         stream.clipped = room < request.max_tokens
@@ -265,7 +264,7 @@ class Streams:
                 self._output(stream, output, now)
         for ended in report.ended:
             stream = by_rid.get(ended.rid)
-            if stream is not None:
+            if stream is not None and not stream.over:
                 self._ended(stream, ended)
         for closed in report.closed:
             stream = by_rid.pop(closed.rid, None)
