@@ -391,3 +391,19 @@ class Client:
             if finish["index"] == index
         ]
         return "".join(chunks + tails)
+
+
+async def ready(front: Front) -> tuple[Client, FakeEngine]:
+    """A connection, and the engine with the default model loaded."""
+    client = front.connect()
+    load = client.ask(r.Load)
+    engine = await front.source.engine(0)
+    await client.end(load)
+    return client, engine
+
+
+async def begun(client: Client, engine: FakeEngine, **fields: object) -> tuple[str, int]:
+    """A request the engine has: its id, and the engine's."""
+    request = client.generate(**fields)  # type: ignore[arg-type]
+    submit = await engine.hears(m.Submit)
+    return request, submit.rid
