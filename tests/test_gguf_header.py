@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,17 @@ def test_a_header_over_the_limit_is_refused_though_the_file_is_large(tmp_path: P
     assert "has a header of more than" in refusal(path).reason
     small = HeaderLimits(header_bytes=64)
     assert "more than 64 bytes" in refusal(file_of(tmp_path / "a.gguf"), small).reason
+
+
+def test_a_header_cannot_fill_the_memory_of_who_reads_it(tmp_path: Path) -> None:
+    numbers = struct.pack("<IQ", 10, 4096) + bytes(range(256)) * 128
+    many = [entry(f"k{i}", 9, numbers) for i in range(1000)]
+    path = file_of(tmp_path / "a.gguf", [ARCHITECTURE, *many])
+    tracemalloc.start()
+    read_header(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
 
 
 def test_mutants_of_a_header_are_refused_or_read_and_never_cost_much(tmp_path: Path) -> None:

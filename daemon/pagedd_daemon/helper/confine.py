@@ -32,20 +32,15 @@ class Budget:
 
     def __init__(self, limits: HelperLimits) -> None:
         self._limits = limits
-        self._address_space = _address_space() + limits.memory_bytes
         self._cpu_until = 0
         self._served = 0
-        self._resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._set(resource.RLIMIT_AS, self._address_space)
+        self.allow_model(0)
 
     def allow_model(self, header_bytes: int) -> None:
         """A model with a header of this size is about to be opened."""
         allowance = header_bytes * self._limits.memory_per_header_byte
-        self._resident += allowance
-        # The native library, mapped with the first model, takes 140 MiB of addresses.
-        base = max(self._address_space, _address_space() + self._limits.memory_bytes)
-        self._address_space = base + allowance
-        self._set(resource.RLIMIT_AS, self._address_space)
+        self._resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + allowance
+        self._set(resource.RLIMIT_AS, _address_space() + self._limits.memory_bytes + allowance)
 
     def begin(self) -> None:
         """A request begins: renew its processor time."""

@@ -98,8 +98,9 @@ SAMPLE_BYTES = 65_536
 
 _MAGIC = b"GGUF"
 _WINDOW_BYTES = 2**20
-_KEPT_STRING_BYTES = 4096
-_KEPT_ARRAY_ELEMENTS = 4096
+_KEPT_STRING_BYTES = 1024
+_KEPT_ELEMENTS = 65_536
+"""Numbers of all arrays together that are kept: some models say a figure for every layer."""
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
@@ -184,6 +185,7 @@ class _Header:
         self._at = 0  # in the window
         self._base = 0  # of the window in the file
         self._strings = 0  # walked so far
+        self._kept = 0  # numbers of arrays
 
     def read(self) -> GgufHeader:
         version, tensor_count, entry_count = self._preamble()
@@ -317,7 +319,8 @@ class _Header:
         if code is None:  # ggml reads no arrays of arrays either
             self._refuse(f"has an array of unusable type {kind} ({key})", {"type": kind})
         size = count * struct.calcsize("<" + code)
-        if count <= _KEPT_ARRAY_ELEMENTS:
+        if self._kept + count <= _KEPT_ELEMENTS:
+            self._kept += count
             return struct.unpack(f"<{count}{code}", self._take(size))
         self._skip(size)
         return _Skipped(count)
