@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ class RunningDaemon:
     folder: Path
     env: dict[str, str]
     """Environment in which clients find this daemon and nothing of the person who runs the test."""
+    killed: bool = False
     _lines: list[str] = field(default_factory=list)
     _listening: threading.Event = field(default_factory=threading.Event)
     _reader: threading.Thread | None = None
@@ -72,6 +74,15 @@ class RunningDaemon:
         return subprocess.CompletedProcess(
             done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
         )
+
+    def family(self) -> list[psutil.Process]:
+        """Its engine and helpers."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """End it as the kernel does when memory runs out."""
+        self.killed = True
+        self.process.kill()
 
     def wait(self) -> int:
         """Until it has exited by itself; its exit status."""
@@ -152,9 +163,10 @@ def _stop(daemon: RunningDaemon) -> None:
     family: list[psutil.Process] = []
     if daemon.process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(daemon.process.pid).children(recursive=True)
+            family = daemon.family()
         daemon.process.terminate()
     status = daemon.wait()
-    assert status == 0, f"the daemon exited {status}:\n{daemon.log()}"
+    expected = -signal.SIGKILL if daemon.killed else 0
+    assert status == expected, f"the daemon exited {status}:\n{daemon.log()}"
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive, f"the daemon left processes behind: {alive}"
