@@ -216,3 +216,12 @@ def test_a_second_daemon_on_the_same_socket_exits_75_and_names_the_first(
     assert done.returncode == 75
     assert str(daemon.process.pid) in done.stderr
     assert ask(daemon, "status")["pid"] == daemon.process.pid
+
+
+@pytest.mark.parametrize("command", [("run", "-"), ("chat",)])
+def test_standard_input_that_is_not_utf8_is_refused(
+    daemon: RunningDaemon, command: tuple[str, ...]
+) -> None:
+    done = daemon.command(*command, stdin=b"\xff\xfe\n")
+    assert done.returncode == 64
+    assert "not UTF-8" in done.stderr

@@ -8,14 +8,43 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from pagedd.cli import _pull
+from pagedd.cli import _pull, main
 from pagedd.cli._app import CommandError
 from pagedd.cli._serve import duration
 from tests.support.daemon import environment
+
+
+class Done(NamedTuple):
+    """How a command ended and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process, which is quicker, where no daemon is."""
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str) -> Done:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, said.out, said.err)
+
+    return run
 
 
 def pagedd(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -47,30 +76,30 @@ def pagedd(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
     ],
 )
 def test_without_a_daemon_every_command_exits_69_and_says_how_to_start_one(
-    command: str, tmp_path: Path
+    command: str, run: Run
 ) -> None:
-    done = pagedd(tmp_path, *command.split())
+    done = run(*command.split())
     assert (done.returncode, done.stdout) == (69, "")
     assert "pagedd serve" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_error_is_one_json_document_too(tmp_path: Path) -> None:
-    done = pagedd(tmp_path, "status", "--json")
+def test_an_error_is_one_json_document_too(run: Run) -> None:
+    done = run("status", "--json")
     assert (done.returncode, done.stderr) == (69, "")
     error = json.loads(done.stdout)["error"]
     assert (error["code"], error["retryable"], error["exit_code"]) == ("E_NOT_RUNNING", True, 69)
     assert error["details"]["socket"].endswith("control.sock")
 
 
-def test_version_works_without_a_daemon(tmp_path: Path) -> None:
-    done = pagedd(tmp_path, "version", "--json")
+def test_version_works_without_a_daemon(run: Run) -> None:
+    done = run("version", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["daemon"] is None
 
 
-def test_a_misspelt_command_gets_the_nearest_one(tmp_path: Path) -> None:
-    done = pagedd(tmp_path, "modles")
+def test_a_misspelt_command_gets_the_nearest_one(run: Run) -> None:
+    done = run("modles")
     assert done.returncode == 64
     assert "did you mean 'models'?" in done.stderr
 
@@ -79,9 +108,9 @@ def test_a_misspelt_command_gets_the_nearest_one(tmp_path: Path) -> None:
     "command",
     ["frobnicate", "run", "cancel", "cancel --all --app x", "status --nonsense", "--nope"],
 )
-def test_wrong_usage_exits_64(command: str, tmp_path: Path) -> None:
-    assert pagedd(tmp_path, *command.split()).returncode == 64
-    done = pagedd(tmp_path, *command.split(), "--json")
+def test_wrong_usage_exits_64(command: str, run: Run) -> None:
+    assert run(*command.split()).returncode == 64
+    done = run(*command.split(), "--json")
     assert json.loads(done.stdout)["error"]["code"] == "E_USAGE"
 
 
@@ -112,8 +141,8 @@ def test_serving_without_the_daemons_libraries_says_what_to_install(tmp_path: Pa
     assert "pip install 'pagedd[cpu]'" in done.stderr
 
 
-def test_only_the_packaged_default_can_be_pulled(tmp_path: Path) -> None:
-    done = pagedd(tmp_path, "pull", "llama3")
+def test_only_the_packaged_default_can_be_pulled(run: Run) -> None:
+    done = run("pull", "llama3")
     assert done.returncode == 64
     assert "smollm2" in done.stderr
     assert "--model /path/to/model.gguf" in done.stderr
@@ -143,8 +172,8 @@ def test_durations_are_read_as_the_daemon_reads_keep_alive(text: str, seconds: f
 
 
 @pytest.mark.parametrize("text", ["", "soon", "5x", "1.2.3", "--1", "nan"])
-def test_what_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
-    done = pagedd(tmp_path, "serve", f"--keep-alive={text}")
+def test_what_is_no_duration_is_refused(text: str, run: Run) -> None:
+    done = run("serve", f"--keep-alive={text}")
     assert done.returncode == 64
     assert "duration" in done.stderr
 

@@ -25,7 +25,7 @@ from pagedd._errors import (
     ProtocolViolation,
 )
 from pagedd._verbs import DEFAULT_TIMEOUT_S
-from pagedd.cli._output import print_json
+from pagedd.cli._output import print_json, printable
 
 EX_USAGE = 64
 EX_DATAERR = 65
@@ -154,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(EX_INTERRUPTED)
     except (PageddError, click.ClickException) as error:
         sys.exit(_report(error, "--json" in given))
+    except OSError as error:
+        failure = CommandError(str(error), code="E_IO", exit_code=EX_IOERR)
+        sys.exit(_report(failure, "--json" in given))
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -199,5 +202,7 @@ def _report(error: PageddError | click.ClickException, json_: bool) -> int:
         )
     else:
         end = "" if message.endswith((".", "!", "?")) else "."
-        click.echo(f"pagedd: {message}{end}" + (f" {advice}" if advice else ""), err=True)
+        click.echo(
+            f"pagedd: {printable(message)}{end}" + (f" {advice}" if advice else ""), err=True
+        )
     return exit_code

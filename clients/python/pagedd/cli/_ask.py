@@ -71,7 +71,7 @@ def run(
 ) -> None:
     """Continue PROMPT, or standard input for '-'."""
     if prompt == "-":
-        prompt = _standard_input()
+        prompt = _decoded(sys.stdin.buffer.read())
     with (
         pagedd.connect(app, priority, host=host, timeout=timeout) as client,
         client.generate(prompt, **_given(options)) as stream,
@@ -85,7 +85,7 @@ def run(
         return
     if several:
         for sample in result.samples:
-            click.echo(f"--- {sample.index} ({sample.reason})\n{sample.text}")
+            click.echo(f"--- {sample.index} ({sample.reason})\n{out.printable(sample.text)}")
     if verbose:
         click.echo(_summary(result), err=True)
 
@@ -119,7 +119,7 @@ def chat(
             except pagedd.RequestError as error:
                 if not interactive:
                     raise
-                click.echo(f"pagedd: {error}", err=True)
+                click.echo(f"pagedd: {out.printable(str(error))}", err=True)
                 continue
             turns.append({"user": line, **dataclasses.asdict(result)})
             if verbose:
@@ -149,7 +149,7 @@ def _lines(interactive: bool) -> Iterator[str]:
             import readline  # noqa: F401 - gives input() its line editing
     while True:
         try:
-            line = input(">>> ") if interactive else sys.stdin.readline()
+            line = input(">>> ") if interactive else _decoded(sys.stdin.buffer.readline())
         except EOFError:
             click.echo()
             return
@@ -162,23 +162,24 @@ def _lines(interactive: bool) -> Iterator[str]:
 def _show(stream: pagedd.Stream, *, quiet: bool) -> None:
     """Print the text as it comes, and a last line end if it has none."""
     last = ""
+    terminal = sys.stdout.isatty()
     for chunk in stream:
         if not quiet and chunk.text:
-            click.echo(chunk.text, nl=False)
+            last = out.printable(chunk.text) if terminal else chunk.text
+            click.echo(last, nl=False)
             sys.stdout.flush()
-            last = chunk.text
     if not quiet and not last.endswith("\n"):
         click.echo()
 
 
-def _standard_input() -> str:
-    """All of it, as text.
+def _decoded(data: bytes) -> str:
+    """What came from standard input, as text.
 
     Raises:
         click.UsageError: It is not UTF-8.
     """
     try:
-        return sys.stdin.buffer.read().decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise click.UsageError(f"standard input is not UTF-8: {error}") from None
 

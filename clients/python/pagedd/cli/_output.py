@@ -12,10 +12,24 @@ from typing import Any
 
 import click
 
+_CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "�")
+_CONTROL_BUT_LAYOUT = {code: _CONTROL[code] for code in _CONTROL if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """Text a model or a peer wrote, without what a terminal would obey: escape sequences can
+    move the cursor, rename the window or answer as if typed."""
+    return text.translate(_CONTROL_BUT_LAYOUT)
+
 
 def print_json(document: object) -> None:
-    """One document. Bytes have no place in JSON and none are passed; NaN neither."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=list))
+    """One document. What JSON has no number for, a log-probability of -inf, becomes null."""
+    try:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(document), parse_constant=lambda _: None)
+        text = json.dumps(finite, indent=2, ensure_ascii=False)
+    click.echo(text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
@@ -27,7 +41,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "")
         right: Names of the columns to align right, separated by spaces.
     """
     aligned_right = [name in right.split() for name in header]
-    lines = [list(header), *(list(row) for row in rows)]
+    lines = [list(header), *([cell.translate(_CONTROL) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "   ".join(
