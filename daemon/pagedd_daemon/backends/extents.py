@@ -19,8 +19,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 EXTENT_PAGES = 16
-"""Pages of an extent at most: 256 tokens, where a walk over 32,000 cells is a tenth of the cost."""
-
+"""Pages of an extent at most. Storing and loading 1,000 tokens of SmolLM2 take 2.3 and 1.8 ms at 16
+pages, 5.1 and 5.0 ms page by page, and no less at 64 (16,640 cells, a shared 2-core machine)."""
 
 Span: TypeAlias = tuple[int, int]
 """Positions from the first to the one before the second."""

@@ -189,34 +189,47 @@ class Sampler:
         """Ids that may not be drawn now."""
         return self._stop_mask if self.generated < self.stop.min_tokens else self._eog_mask
 
-    def adjusted(self, row: Row) -> Row:
-        """The logits after bias, penalties and masks: ``row`` itself where nothing changes."""
-        masked = self.masked()
-        if self._plain and not masked.size:
-            return row
-        row = row.copy()
+    def adjust(self, row: Row) -> list[tuple[Ids, Row]]:
+        """Apply bias, penalties and masks to ``row`` in place.
+
+        Returns:
+            What was there before, for `_restore`. Only a few logits change, while a copy of the row
+            would cost as much as the rest of a draw.
+        """
+        before: list[tuple[Ids, Row]] = []
         if self._bias_ids.size:
-            row[self._bias_ids] = row[self._bias_ids] + self._bias_values
+            old = row[self._bias_ids]
+            before.append((self._bias_ids, old))
+            row[self._bias_ids] = old + self._bias_values
         history = self._history
         if history is not None and history.size:
             p = self.params
             ids = history.ids[: history.size]
             counts = history.counts[: history.size]
+            before.append((ids, row[ids]))
             values = row[ids].astype(np.float64)
             values = np.where(
                 values > 0, values / p.repetition_penalty, values * p.repetition_penalty
             )
             values -= counts * p.frequency_penalty + (counts > 0) * p.presence_penalty
             row[ids] = values.clip(-_LARGEST, _LARGEST)  # penalties near 0 divide out of float32
-        row[masked] = _NEVER
-        return row
+        masked = self.masked()
+        if masked.size:
+            before.append((masked, row[masked]))
+            row[masked] = _NEVER
+        return before
+
+
+def _restore(row: Row, before: list[tuple[Ids, Row]]) -> None:
+    for ids, values in reversed(before):
+        row[ids] = values
 
 
 def draw(logits: npt.NDArray[np.float32], rows: Sequence[tuple[int, Sampler]]) -> list[Drawn]:
     """One token for each of ``rows``.
 
     Args:
-        logits: float32, shape ``(rows, vocab)``; not changed.
+        logits: float32, shape ``(rows, vocab)``, writable; as it was when this returns.
         rows: Row of ``logits`` and sampler of each draw; several draws may use one row. What the
             samplers will draw is not changed.
 
@@ -233,24 +246,18 @@ def _greedy(sampler: Sampler) -> bool:
     return sampler.params.temperature <= 0.0 and sampler._plain
 
 
-def _draw_row(raw: Row, sampler: Sampler, best: int) -> Drawn:
-    if sampler.params.temperature > 0.0:
-        token = _sample(sampler.adjusted(raw), sampler)
+def _draw_row(row: Row, sampler: Sampler, best: int) -> Drawn:
+    """Draw from one row; ``best`` is its largest where that is known, else -1."""
+    if best >= 0 and _greedy(sampler) and best not in sampler.masked():
+        # argmax takes a NaN for the largest, so one look finds any.
+        token = best if math.isfinite(row[best]) else -1
     else:
-        token = _pick_greedy(raw, sampler, best)
+        before = sampler.adjust(row)
+        token = _sample(row, sampler)
+        _restore(row, before)
     if token < 0 or sampler.params.logprobs < 0:
         return Drawn(token)
-    return _with_logprobs(raw, token, sampler.params.logprobs)
-
-
-def _pick_greedy(raw: Row, sampler: Sampler, best: int) -> int:
-    """The id of the largest logit; ``best`` is that of the raw row where that is known."""
-    row = raw
-    if not _greedy(sampler) or best in sampler.masked():
-        row = sampler.adjusted(raw)
-        best = int(row.argmax())
-    # argmax takes a NaN for the largest, so one look finds any.
-    return best if math.isfinite(row[best]) else -1
+    return _with_logprobs(row, token, sampler.params.logprobs)
 
 
 def _with_logprobs(raw: Row, token: int, count: int) -> Drawn:
@@ -271,6 +278,8 @@ def _sample(row: Row, sampler: Sampler) -> int:
     if not math.isfinite(peak):
         return -1
     p = sampler.params
+    if p.temperature <= 0.0:
+        return int(row.argmax())
     if 0 < p.top_k < row.size:
         ids, values, sampler._reach = _top_k(row, peak, p.top_k, sampler._reach)
         if p.typical_p < 1.0:
