@@ -137,7 +137,7 @@ def _app_row(app: Mapping[str, Any]) -> list[str]:
     kv = app["kv"]
     return [
         str(app["app"]),
-        str(app["class"]),
+        str(app["class"] or "-"),
         str(app["running"]),
         str(app["waiting"]),
         "/".join(out.tokens(kv.get(tier)) for tier in ("gpu", "ram", "disk")),
