@@ -39,8 +39,8 @@ from pagedd_daemon.messages import Configure
 
 BLOCK_TOKENS = 16
 STEP_TOKENS = 512
-"""More would only make steps longer: a prompt runs at 195 tok/s in chunks of 16, at 236 in chunks of
-64 and at 222 in chunks of 512 (SmolLM2-135M Q4_1, one thread of a shared 2-core machine)."""
+"""More would only make steps longer: a prompt runs at 195 tok/s in chunks of 16, at 236 in chunks
+of 64, at 222 in chunks of 512 (SmolLM2-135M Q4_1, one thread of a shared 2-core machine)."""
 TEMPORARY_IDS = 4
 """Sequence ids kept back for saving, restoring and packing."""
 _SAVE, _PACK = api.SEQUENCE_IDS - 1, api.SEQUENCE_IDS - 2
