@@ -88,6 +88,7 @@ class Admission:
         state.ids = event.width
         state.chain = chain
         state.learn(0, event.tokens)
+        state.found = len(plan.blocks)
         self.prompt_tokens += len(event.tokens)
         self.hit_tokens += plan.computed
         self._enter(state, plan, {}, out)

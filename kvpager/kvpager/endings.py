@@ -84,6 +84,7 @@ class Endings:
         full = computed // self._size
         child.chain = parent.chain[: full * DIGEST]
         child.learn(0, parent.known[: full * self._size])
+        child.found = min(parent.found, full)
         child.extend_table(shared)
         seqs.computed[child.slot] = seqs.length[child.slot] = seqs.promised[child.slot] = computed
         seqs.tails[child.slot] = seqs.tails[parent.slot]
@@ -203,15 +204,17 @@ class Endings:
         del self._seqs.pending[state.id]
         if isinstance(event, Preempt):
             self._step_aside(state, event.mode, tails, out)
-        elif state.status is Status.SWAPPED:
+            return
+        assert event is not None
+        if state.status is Status.SWAPPED:
             self._let_slots_go(state)
-            self._seqs.remove(state)
         else:
-            assert event is not None
             if event.cache:
                 self._keep_pages(state, out)
             self._leave(state, out)
-            self._seqs.remove(state)
+        if not event.cache:
+            self._discard_pages(state)
+        self._seqs.remove(state)
 
     def _let_slots_go(self, state: SequenceState) -> None:
         for slot in reversed(state.held):
@@ -279,6 +282,19 @@ class Endings:
         else:
             for slot in reversed(touched):
                 ram.unpin(slot)
+
+    def _discard_pages(self, state: SequenceState) -> None:
+        """Drop what only this sequence has computed and nobody else needs, from every tier."""
+        pool, index = self._pool, self._pool.index
+        full = int(self._seqs.computed[state.slot]) // self._size
+        for node in index.find_all(state.chain, full)[state.found :][::-1].tolist():
+            if node < 0:
+                continue
+            block, slot = index.where[Tier.GPU][node], index.where[Tier.RAM][node]
+            if slot >= 0:
+                pool.ram.uncache(slot)
+            if block >= 0:
+                pool.uncache(block)
 
     def _step_aside(
         self,

@@ -167,6 +167,13 @@ class Pool:
             self.blocks.node[block] = -1
             self.index.drop(node, Tier.GPU)
 
+    def uncache(self, block: int) -> None:
+        """Drop the block's page if nobody needs it."""
+        if block in self.blocks.cached:
+            self.blocks.cached.remove(block)
+            self.forget(block)
+            self._free(block)
+
     def clean(self, block: int) -> bool:
         """Whether the block's page is in RAM too."""
         slot = self.index.where[Tier.RAM][self.blocks.node[block]]

@@ -35,6 +35,7 @@ class SequenceState:
     __slots__ = (
         "blocks",
         "chain",
+        "found",
         "group",
         "held",
         "id",
@@ -70,6 +71,8 @@ class SequenceState:
         """What happens as soon as no step and no load is in flight."""
         self.loads: dict[int, list[Attach]] = {}
         """Transfers it waits for, each with the `Attach` that is due when it has ended."""
+        self.found = 0
+        """Pages at its front that others had computed before it was admitted."""
         self.table: npt.NDArray[np.int32] = np.empty(8, dtype=np.int32)
         self.blocks = 0
         """Entries of ``table`` in use."""

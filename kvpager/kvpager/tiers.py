@@ -135,6 +135,11 @@ class LowerTier:
         self.state[slot] = _DOOMED
         self.unpin(slot)
 
+    def uncache(self, slot: int) -> None:
+        """Drop the slot's page if nobody needs it."""
+        if slot in self.cached:
+            self._evict(slot)
+
     def shrink_cache(self) -> None:
         """Evict what exceeds the cache's share, once swapped pages have become cached ones."""
         while self.cached.count and self.total - len(self.free) - self.held > self.cache_limit:
@@ -165,6 +170,9 @@ class LowerTier:
             self.cached.remove(slot)
             self.cached.push_newest(slot)
             slot = self.cached.oldest()
+        self._evict(slot)
+
+    def _evict(self, slot: int) -> None:
         self.cached.remove(slot)
         self._index.drop(self.node[slot], self.tier)
         self.node[slot] = -1

@@ -575,6 +575,10 @@ class World:
             self.short = {item.seq for item in instruction.short}
             check(all(item.missing_blocks > 0 for item in instruction.short), "short of nothing")
         elif isinstance(instruction, Trim):
+            model = self.models[instruction.seq]
+            if model.status in ("stepping aside", "ending") and not model.in_flight:
+                # A load failed; no `Runnable` says so of a sequence that is not to run any more.
+                model.computed = min(model.computed, instruction.length)
             cells = self.cells.get(instruction.seq, {})
             for position in [position for position in cells if position >= instruction.length]:
                 del cells[position]
