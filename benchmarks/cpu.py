@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -61,6 +62,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all of them")
     chosen = parser.parse_args().parts
+    # Ending early still ends the daemons and the workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report("bench-cpu", quick=bool(os.environ.get("PAGEDD_QUICK")))
     for name in chosen or PARTS:
         PARTS[name](report)

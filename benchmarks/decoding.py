@@ -90,6 +90,8 @@ def daemon_rate(
     arrivals = [result["arrivals"] for result in results]
     start = max(times[0][0] for times in arrivals)
     end = min(times[-1][0] for times in arrivals)
+    if end <= start:
+        raise RuntimeError("the streams did not decode at the same time: is the machine busy?")
     counted = sum(count for times in arrivals for at, count in times if start < at <= end)
     return Rate(counted, end - start)
 

@@ -225,6 +225,8 @@ def talk(host: str) -> str:
 def main() -> int:
     """Exit status 0 if everything worked."""
     started = time.monotonic()
+    # Ending early still ends the daemon and the apps.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with (
             tempfile.TemporaryDirectory(prefix="pagedd-demo-") as folder,

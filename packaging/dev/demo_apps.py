@@ -26,6 +26,9 @@ class Style(TypedDict):
 STYLE: Style = {"temperature": 0.7, "seed": 7}
 """A seed, so that one run of the demo looks like the other."""
 
+TIMEOUT_S = 120.0
+"""The longest wait for the next piece of a stream: the demo should work on a busy machine too."""
+
 
 def say(kind: str, text: str) -> None:
     """One line for ``demo.py``."""
@@ -47,7 +50,7 @@ def autocomplete(host: str) -> None:
         "class Stack:\n    def __init__(self):\n        ",
         "for line in open('log.txt'):\n    ",
     )
-    with pagedd.connect(app="editor", priority="interactive", host=host) as llm:
+    with pagedd.connect(app="editor", priority="interactive", host=host, timeout=TIMEOUT_S) as llm:
         for line in lines:
             say("ask", line)
             sent = time.monotonic()
@@ -61,7 +64,7 @@ def autocomplete(host: str) -> None:
 
 def chat(host: str) -> None:
     """A chat window: two turns, then a branch that tries another question from the same history."""
-    with pagedd.connect(app="chat", host=host) as llm:
+    with pagedd.connect(app="chat", host=host, timeout=TIMEOUT_S) as llm:
         session = llm.session(system="You are a helpful assistant. Answer briefly.")
         for question in ("Name three rivers of Europe.", "Which of them is the longest?"):
             say("ask", question)
@@ -93,7 +96,7 @@ TOOLS = "".join(
 
 def agent(host: str) -> None:
     """An agent: every step sends the same long instructions again, which are computed once."""
-    with pagedd.connect(app="agent", host=host) as llm:
+    with pagedd.connect(app="agent", host=host, timeout=TIMEOUT_S) as llm:
         for task in ("Fix the failing test.", "Rename the module.", "Write the changelog."):
             say("ask", f"[{len(TOOLS)} characters of instructions] {task}")
             messages = [{"role": "system", "content": TOOLS}, {"role": "user", "content": task}]
@@ -120,7 +123,9 @@ async def summarise(host: str) -> None:
         text = "".join([chunk.text async for chunk in stream])
         say("text", f"{number}. {text.strip()}\n")
 
-    async with pagedd.aconnect(app="summariser", priority="background", host=host) as llm:
+    async with pagedd.aconnect(
+        app="summariser", priority="background", host=host, timeout=TIMEOUT_S
+    ) as llm:
         say("ask", f"{len(ARTICLES)} articles at once")
         await asyncio.gather(*(one(llm, n, a) for n, a in enumerate(ARTICLES, start=1)))
 
