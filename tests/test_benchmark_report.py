@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import Report, Row, machine_slug, meets
+from benchmarks import publish
+from benchmarks.report import RESULTS, Report, Row, machine_slug, meets
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,18 @@ def test_the_result_file_has_the_agreed_form(tmp_path: Path) -> None:
             "ok": False,
         }
     ]
+
+
+def test_the_page_of_figures_says_what_the_result_files_say() -> None:
+    page = publish.PAGE.read_text()
+    assert publish.published(page, RESULTS) == page, "run `python -m benchmarks.publish`"
+
+
+def test_a_quick_run_is_not_published(tmp_path: Path) -> None:
+    for quick in (True, False):
+        report = Report("bench-quick" if quick else "bench-full", quick=quick)
+        report.add(Row("speed", 0.9, "of raw", ">= 0.95"))
+        report.write(tmp_path)
+    tables = publish.tables(tmp_path)
+    assert "bench-quick" not in tables
+    assert "| speed | 0.9 of raw (**missed**) | >= 0.95 |  |" in tables
