@@ -39,10 +39,11 @@ def test_directory_and_socket_are_closed_to_others(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((path / "a.sock").stat().st_mode) == 0o600
     assert stat.S_IMODE((path / LOCK_NAME).stat().st_mode) == 0o600
+    made.close()
     directory.close()
-    assert not made.path.exists()
+    assert {entry.name for entry in path.iterdir()} == {LOCK_NAME}
 
 
 def test_a_directory_open_to_others_is_refused_and_left(folder: Path) -> None:
@@ -101,7 +102,8 @@ def test_a_second_daemon_is_told_of_the_first_and_changes_nothing(folder: Path) 
         first.kill()
     # Killed: its socket is stale, and its lock is gone with it.
     directory = SocketDirectory(folder)
-    assert directory.listen("a.sock", 8).inode != 0
+    directory.listen("a.sock", 8).close()
+    assert (folder / "a.sock").stat().st_ino != inode
     directory.close()
 
 
@@ -109,9 +111,26 @@ def test_a_stale_socket_is_reclaimed(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(os.fspath(folder / "a.sock"))
     directory = SocketDirectory(folder)
-    listening = directory.listen("a.sock", 8)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(os.fspath(listening.path))
+    with directory.listen("a.sock", 8), socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.fspath(folder / "a.sock"))
+    directory.close()
+
+
+def test_a_new_listening_socket_takes_the_place_of_our_last_one(folder: Path) -> None:
+    directory = SocketDirectory(folder)
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    with directory.listen("a.sock", 8) as old:
+        clients[0].connect(os.fspath(folder / "a.sock"))
+        with directory.listen("a.sock", 8) as new:
+            clients[1].connect(os.fspath(folder / "a.sock"))
+            assert old.getsockname() != new.getsockname()
+            for sock in (old, new):
+                sock.accept()[0].close()
+                with pytest.raises(BlockingIOError):
+                    sock.accept()
+    for client in clients:
+        client.close()
+    assert {entry.name for entry in folder.iterdir()} == {LOCK_NAME, "a.sock"}
     directory.close()
 
 
@@ -146,9 +165,8 @@ def test_the_socket_of_another_listening_program_is_kept(folder: Path, queue_ful
 
 def test_closing_leaves_a_socket_that_took_the_place_of_ours(folder: Path) -> None:
     directory = SocketDirectory(folder)
-    directory.listen("a.sock", 8)
-    (folder / "a.sock").unlink()
-    with socket.socket(socket.AF_UNIX) as other:
+    with directory.listen("a.sock", 8), socket.socket(socket.AF_UNIX) as other:
+        (folder / "a.sock").unlink()
         other.bind(os.fspath(folder / "a.sock"))
         directory.close()
         assert (folder / "a.sock").is_socket()
@@ -161,18 +179,14 @@ def test_a_path_too_long_for_a_socket_is_named(folder: Path) -> None:
     directory.close()
 
 
-def test_the_guard_stops_at_a_half_and_starts_at_a_quarter() -> None:
-    guard = DescriptorGuard(100)
-    assert [guard.update(n) for n in (49, 50, 49, 26, 25, 49)] == [
-        True,
-        False,
-        False,
-        False,
-        True,
-        True,
-    ]
-    assert DescriptorGuard(256).backlog == 32
-    assert DescriptorGuard(1_000_000).backlog == 128
+def test_the_guard_keeps_half_of_the_descriptors_whatever_comes_in() -> None:
+    guard = DescriptorGuard(256)
+    assert guard.batch == 18
+    assert guard.has_room(110, 0)
+    assert not guard.has_room(111, 0)
+    assert guard.has_room(92, 1)
+    assert not guard.has_room(93, 1)
+    assert DescriptorGuard(1_000_000).backlog == 64
 
 
 def test_open_descriptors_are_counted() -> None:

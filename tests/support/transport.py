@@ -86,6 +86,7 @@ class Served:
         self.transport = ZmqTransport(path, limits, self.service)
         self.service.transport = self.transport
         self.loop = asyncio.new_event_loop()
+        self._stopped = False
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
     def __enter__(self) -> Served:
@@ -104,9 +105,14 @@ class Served:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.run(self.transport.stop(0.0))
+            self.stop(0.0)
         finally:
             self._end()
+
+    def stop(self, flush_s: float) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.run(self.transport.stop(flush_s))
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_MS / 1000)

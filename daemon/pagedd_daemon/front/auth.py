@@ -118,7 +118,7 @@ async def self_test(authenticator: Authenticator, endpoint: str, timeout_s: floa
     )
 
     def heard() -> None:
-        for event, _ in monitor_events(events):
+        for event, _, _ in monitor_events(events):
             if not verdict.done():
                 verdict.set_result(event)
 

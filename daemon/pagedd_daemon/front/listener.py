@@ -1,13 +1,18 @@
 """The socket directory: who may serve in it, its listening sockets, and how many clients fit.
 
 libzmq neither asks before it unlinks what lies at an ``ipc://`` path, nor survives `accept` running
-out of descriptors (it aborts the process). So the listening sockets are made here, handed over by
-descriptor, and taken back before the descriptors run out; the kernel's backlog queues meanwhile.
+out of descriptors (it aborts the process), and a listening socket cannot be taken back from it:
+unbinding it ends every connection that came over it. So libzmq never gets the socket that clients
+find at the path. When some have connected, a new listening socket takes its place there, and the
+old one, which nobody can reach any more, is handed over: libzmq accepts those in its queue, whose
+length we chose, and no others. While there is no room for so many, they wait in the kernel.
+
+(A client that blocks in `connect` because a queue is full looks the path up again when it wakes:
+unix_stream_connect in net/unix/af_unix.c.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import resource
@@ -54,21 +59,6 @@ class SocketPathError(Exception):
         self.path = path
 
 
-@dataclass(frozen=True, slots=True)
-class Listening:
-    """A listening socket and the file it is bound to."""
-
-    sock: socket.socket
-    path: Path
-    device: int
-    inode: int
-
-    @property
-    def endpoint(self) -> str:
-        """What libzmq calls the path."""
-        return f"ipc://{self.path}"
-
-
 class SocketDirectory:
     """The directory, held by a lock for as long as this object is open."""
 
@@ -80,40 +70,52 @@ class SocketDirectory:
             SocketPathError: It is not a directory of ours that is closed to everybody else.
         """
         self.path = path
-        self._listening: list[Listening] = []
+        self._ours: dict[str, tuple[int, int]] = {}
+        """Name -> device and inode of the socket we have there."""
+        self._made = 0
         _check_directory(path)
         self._lock_fd = _lock(path / LOCK_NAME)
 
-    def listen(self, name: str, backlog: int) -> Listening:
-        """A listening socket ``name``, mode 0600, in place of a stale one of ours.
+    def listen(self, name: str, backlog: int) -> socket.socket:
+        """A listening socket ``name``, mode 0600, in place of a stale one or of our own last one.
+
+        Who has connected to our last one stays connected, or in its queue. The caller owns it.
 
         Raises:
-            SocketPathError: Something that is not our stale socket lies there. It is kept.
+            SocketPathError: Something that is not our socket lies there. It is kept.
         """
         path = self.path / name
         if len(os.fsencode(path)) > _MAX_PATH_BYTES:
             raise SocketPathError(
                 path, f"the path of a Unix socket has at most {_MAX_PATH_BYTES} bytes"
             )
-        _remove_stale(path)
+        if self._identity(path) is None or self._identity(path) != self._ours.get(name):
+            _remove_stale(path)
+        # Made under a name of its own, by which libzmq tells it from the one it replaces. No longer
+        # than the real one.
+        self._made += 1
+        temporary = self.path / f".{self._made}"
+        _remove_stale(temporary)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # The mode at bind is what counts: a chmod afterwards would leave a moment to connect.
             before = os.umask(0o177)
             try:
-                sock.bind(os.fspath(path))
+                sock.bind(os.fspath(temporary))
             finally:
                 os.umask(before)
             sock.listen(backlog)
             # libzmq accepts until it would block, and gets this very file description.
             sock.setblocking(False)
-            made = os.lstat(path)
+            os.rename(temporary, path)
         except OSError as error:
             sock.close()
+            temporary.unlink(missing_ok=True)
             raise SocketPathError(path, error.strerror or str(error)) from error
-        listening = Listening(sock, path, made.st_dev, made.st_ino)
-        self._listening.append(listening)
-        return listening
+        identity = self._identity(path)
+        assert identity is not None
+        self._ours[name] = identity
+        return sock
 
     def close(self) -> None:
         """Removes our sockets and gives the directory up.
@@ -122,16 +124,21 @@ class SocketDirectory:
         """
         if self._lock_fd < 0:
             return
-        for listening in self._listening:
-            listening.sock.close()
-            with contextlib.suppress(FileNotFoundError):
-                found = os.lstat(listening.path)
-                if (found.st_dev, found.st_ino) == (listening.device, listening.inode):
-                    os.unlink(listening.path)
-        self._listening.clear()
+        for name, identity in self._ours.items():
+            if self._identity(self.path / name) == identity:
+                os.unlink(self.path / name)
+        self._ours.clear()
         os.ftruncate(self._lock_fd, 0)
         os.close(self._lock_fd)
         self._lock_fd = -1
+
+    @staticmethod
+    def _identity(path: Path) -> tuple[int, int] | None:
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
 
 
 def _check_directory(path: Path) -> None:
@@ -230,25 +237,28 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) - 1
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DescriptorGuard:
-    """Says when to stop accepting: from half of the limit on, until a quarter is left.
-
-    The gap between half and all is for what libzmq accepts before the event loop hears of it.
-    """
+    """Keeps half of the descriptors for everything but clients."""
 
     limit: int
-    accepting: bool = True
 
     @property
     def backlog(self) -> int:
-        """How many connections the kernel may queue: few enough to all be accepted in that gap."""
-        return max(8, min(128, self.limit // 8))
+        """For `listen`: how many clients may wait, hence come in at once."""
+        return max(4, min(64, self.limit // 16))
 
-    def update(self, open_now: int) -> bool:
-        """Notes how many descriptors are open; whether to accept."""
-        if self.accepting:
-            self.accepting = open_now < self.limit // 2
-        else:
-            self.accepting = open_now <= self.limit // 4
-        return self.accepting
+    @property
+    def batch(self) -> int:
+        """Descriptors that handing over one listening socket may take: Linux queues one more than
+        the backlog, and another listening socket takes its place."""
+        return self.backlog + 2
+
+    def has_room(self, open_now: int, unsettled: int) -> bool:
+        """Whether one more listening socket may be handed over.
+
+        Args:
+            open_now: Descriptors that are open.
+            unsettled: Listening sockets handed over before from which clients may still come.
+        """
+        return open_now + (unsettled + 1) * self.batch <= self.limit // 2

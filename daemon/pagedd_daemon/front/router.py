@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import select
+import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import zmq
 
@@ -13,7 +15,7 @@ from pagedd_daemon.front import wire
 from pagedd_daemon.front.auth import Credentials, protect
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.limits import Limits
-from pagedd_daemon.front.listener import Listening
+from pagedd_daemon.front.listener import SocketPathError
 from pagedd_daemon.front.ports import Event
 from pagedd_daemon.front.zmqloop import Watched, monitor, monitor_events
 
@@ -24,39 +26,69 @@ _BATCH = 64
 _QUEUE = 8
 """Messages libzmq holds for one client in either direction. Small, because they count in no budget
 of ours; a client that keeps up never fills it."""
+_REAP_S = 1.0
+"""How long libzmq may take from `accept` to telling of it, with a wide margin."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A listening socket that libzmq has, with the clients that were in its queue."""
+
+    endpoint: str
+    fd: int
+    empty_since: float | None = None
+    """Since when its queue is seen to be empty; nobody can enter it any more."""
 
 
 class Router:
-    """One ROUTER on one of our listening sockets. Every call is the event loop's."""
+    """One ROUTER behind one path. Every call is the event loop's.
+
+    Clients arrive at a listening socket that libzmq does not know, and come in a batch at a time
+    (`pagedd_daemon.front.listener` says why). The listening socket of each batch stays until the
+    last connection that came over it has ended, since libzmq would end it with it.
+    """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         loop: asyncio.AbstractEventLoop,
-        listening: Listening,
+        listen: Callable[[], socket.socket],
         limits: Limits,
         *,
         message: Callable[[bytes, Credentials, list[zmq.Frame]], None],
-        events: Callable[[list[tuple[int, int]]], None],
+        has_room: Callable[[], bool],
+        changed: Callable[[list[int]], None],
         signalled: Callable[[], None] | None = None,
     ) -> None:
-        """Makes the socket; `bind` lets clients in.
+        """Makes the socket and lets clients in.
 
         Args:
             context: All sockets of the daemon share it.
             loop: Of this thread.
-            listening: Stays the caller's.
+            listen: Puts a new listening socket at the path.
             limits: What a message may take.
+            has_room: Whether one more batch of clients may come in.
             message: Called with routing id, user and frames of each message.
-            events: Called with what libzmq says of its connections: ``EVENT_ACCEPTED`` and
-                ``EVENT_DISCONNECTED``, each with the connection's descriptor.
+            changed: Called when connections came or went, with the descriptors of those that went.
             signalled: Called when there may be room to send again.
+
+        Raises:
+            SocketPathError: Something that is not ours lies at the path.
         """
-        self._listening = listening
+        self._listen = listen
         self._limits = limits
         self._message = message
-        self._events = events
-        self._bound = False
+        self._changed = changed
+        self._has_room = has_room
+        self._loop = loop
+        self._batches: list[_Batch] = []
+        self._reap_timer: asyncio.TimerHandle | None = None
+        self._connections: dict[int, str] = {}
+        """Descriptor of each connection -> endpoint it came over."""
+        self._held = False
+        # First, since it can fail, and an open ZeroMQ socket would keep its context from ending.
+        self._arrivals = listen()
+        """Listens at the path."""
         self._sock = sock = context.socket(zmq.ROUTER)
         protect(sock, limits.handshake_ms)
         sock.set(zmq.ROUTER_MANDATORY, 1)
@@ -69,20 +101,58 @@ class Router:
         self._monitor = monitor(context, sock, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._watched_monitor = Watched(loop, self._monitor, self.drain_monitor)
         self._watched = Watched(loop, sock, self._receive, signalled)
+        loop.add_reader(self._arrivals, self._arrived)
 
-    def bind(self) -> None:
-        """Lets libzmq accept. It closes the descriptor it is given, hence the copy."""
-        self._sock.set(zmq.USE_FD, os.dup(self._listening.sock.fileno()))
-        self._sock.bind(self._listening.endpoint)
-        self._bound = True
+    @property
+    def held(self) -> bool:
+        """Whether clients wait for room; `reconsider` looks again."""
+        return self._held
+
+    @property
+    def unsettled(self) -> int:
+        """Batches of which clients may still come in."""
+        unsettled = {batch.fd: batch for batch in self._batches if batch.empty_since is None}
+        if unsettled:
+            poller = select.poll()
+            for fd in unsettled:
+                poller.register(fd, select.POLLIN)
+            waiting = {fd for fd, _ in poller.poll(0)}
+            for fd in unsettled.keys() - waiting:
+                unsettled.pop(fd).empty_since = self._loop.time()
+        return len(unsettled)
+
+    def reconsider(self) -> None:
+        """Lets those in who wait, if there is room now."""
+        if self._held and self._has_room():
+            self._held = False
+            self._loop.add_reader(self._arrivals, self._arrived)
+
+    def _arrived(self) -> None:
+        """Somebody waits at the path."""
+        try:
+            following = self._listen() if self._has_room() else None
+        except SocketPathError as error:
+            log.error("no client can be let in: %s", error)
+            following = None
+        self._loop.remove_reader(self._arrivals)
+        if following is None:
+            self._held = True
+            self._changed([])
+            return
+        endpoint = f"ipc://{self._arrivals.getsockname()}"
+        # libzmq closes the descriptor it is given when it is done with it.
+        fd = self._arrivals.detach()
+        self._batches.append(_Batch(endpoint, fd))
+        self._sock.set(zmq.USE_FD, fd)
+        self._sock.bind(endpoint)
+        self._arrivals = following
+        self._loop.add_reader(following, self._arrived)
         self._watched.check()
 
-    def unbind(self) -> None:
-        """Stops accepting; the kernel goes on queueing."""
-        if self._bound:
-            self._bound = False
-            self._sock.unbind(self._listening.endpoint)
-            self._watched.check()
+    def is_connected(self, fd: int) -> bool:
+        """Whether the connection with this descriptor has not ended, as far as libzmq has said."""
+        self.drain_monitor()
+        return fd in self._connections
 
     def address(self, route: bytes) -> None:
         """Starts a message; `body` must follow at once.
@@ -117,12 +187,50 @@ class Router:
     def drain_monitor(self) -> None:
         """Handles what libzmq said of its connections so far."""
         events = monitor_events(self._monitor)
+        gone: list[int] = []
+        for event, fd, endpoint in events:
+            if event == zmq.EVENT_ACCEPTED:
+                self._connections[fd] = endpoint.decode()
+            elif self._connections.pop(fd, None) is not None:
+                gone.append(fd)
+        if gone:
+            self._reap_later()
         if events:
-            self._events(events)
+            self._changed(gone)
         self._watched_monitor.check()
+
+    def _reap(self) -> None:
+        """Takes back the listening sockets of which no connection is left.
+
+        libzmq tells of a connection a moment after it was taken from the queue, hence the delay.
+        """
+        self._reap_timer = None
+        self.drain_monitor()
+        used, now = set(self._connections.values()), self._loop.time()
+        kept, unused = [], 0
+        for batch in self._batches:
+            if batch.endpoint in used:
+                kept.append(batch)
+            elif batch.empty_since is None or now - batch.empty_since < _REAP_S:
+                kept.append(batch)
+                unused += 1
+            else:
+                self._sock.unbind(batch.endpoint)
+        self._batches = kept
+        if self.unsettled or unused:
+            self._reap_later()
+        self._watched.check()
+
+    def _reap_later(self) -> None:
+        if self._reap_timer is None:
+            self._reap_timer = self._loop.call_later(_REAP_S, self._reap)
 
     def close(self, linger_ms: int) -> None:
         """Closes the socket; libzmq goes on sending what it holds for ``linger_ms``."""
+        if self._reap_timer is not None:
+            self._reap_timer.cancel()
+        self._loop.remove_reader(self._arrivals)
+        self._arrivals.close()
         self._watched.close()
         self._watched_monitor.close()
         self._sock.disable_monitor()

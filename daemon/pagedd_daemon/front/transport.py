@@ -15,6 +15,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ _MESSAGE_BYTES = 64 * 1024
 _RETRY_S, _RETRY_MOST_S = 0.01, 1.0
 """While a client's queue is full: how soon to try again, doubled each time it is still full."""
 _GUARD_S = 1.0
-"""While nobody is accepted: how often the descriptors are counted."""
+"""While clients wait for room: how often to look again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +82,6 @@ class ZmqTransport:
         self._by_fd: dict[int, _Peer] = {}
         self._by_pid: dict[int, tuple[int, set[_Peer]]] = {}
         """Process -> its pidfd and connections."""
-        self._live_fds: set[int] = set()
         self._last_number = 0
         self._dirty: list[_Peer] = []
         self._blocked: dict[_Peer, None] = {}
@@ -91,7 +91,6 @@ class ZmqTransport:
         self._flush_scheduled = False
         self._drained: asyncio.Event | None = None
         """Set when nothing waits any more, while stopping."""
-        self._stopping = False
         self._guard_timer: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------------------ start and stop
@@ -107,8 +106,9 @@ class ZmqTransport:
         self._loop = loop = asyncio.get_running_loop()
         self._directory = SocketDirectory(self._path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        # A connection, a control connection and a pidfd each, and twice that for the guard.
-        wanted = 2 * (3 * self._limits.connections + 256)
+        # For each client a connection and a control connection, both with a listening socket, and a
+        # pidfd; twice that for the guard.
+        wanted = 2 * (5 * self._limits.connections + 256)
         self._guard = DescriptorGuard(raise_descriptor_limit(wanted))
         self._zap = self._context.socket(zmq.REP)
         self._zap.set(zmq.LINGER, 0)
@@ -120,24 +120,24 @@ class ZmqTransport:
             self._data = Router(
                 self._context,
                 loop,
-                self._directory.listen(DATA_NAME, backlog),
+                partial(self._directory.listen, DATA_NAME, backlog),
                 self._limits,
                 message=self._data_message,
-                events=self._data_events,
+                has_room=self._has_room,
+                changed=self._data_changed,
                 signalled=self._retry,
             )
             self._servers.append(self._data)
             self._control = Router(
                 self._context,
                 loop,
-                self._directory.listen(CONTROL_NAME, backlog),
+                partial(self._directory.listen, CONTROL_NAME, backlog),
                 self._limits,
                 message=self._control_message,
-                events=self._control_events,
+                has_room=self._has_room,
+                changed=self._control_changed,
             )
             self._servers.append(self._control)
-            for server in self._servers:
-                server.bind()
             for name in (DATA_NAME, CONTROL_NAME):
                 endpoint = f"ipc://{self._path / name}"
                 await self_test(self._authenticator, endpoint, self._limits.handshake_ms / 1000)
@@ -146,11 +146,8 @@ class ZmqTransport:
             raise
 
     async def stop(self, flush_s: float) -> None:
-        """Stops accepting, gives clients ``flush_s`` to take what waits for them, and closes."""
+        """Gives clients ``flush_s`` to take what waits for them, and closes."""
         end = self._loop.time() + flush_s
-        self._stopping = True
-        for server in self._servers:
-            server.unbind()
         self.flush()
         if self._blocked:
             self._drained = asyncio.Event()
@@ -159,7 +156,6 @@ class ZmqTransport:
         await self._close(max(0.0, end - self._loop.time()))
 
     async def _close(self, linger_s: float) -> None:
-        self._stopping = True
         for timer in (self._guard_timer, self._retry_timer):
             if timer is not None:
                 timer.cancel()
@@ -331,9 +327,8 @@ class ZmqTransport:
             raise WireError("E_HELLO", "this connection has said hello already")
         refuse_identity(route)
         # What libzmq says of a connection precedes its messages; so is it gone already?
-        self._data.drain_monitor()
         fd = int(frame.get(zmq.SRCFD))
-        if fd not in self._live_fds:
+        if not self._data.is_connected(fd):
             return
         if len(self._peers) >= self._limits.connections:
             raise limit_error("connections", len(self._peers) + 1, self._limits.connections)
@@ -388,16 +383,12 @@ class ZmqTransport:
         except Exception:
             log.exception("the service failed")
 
-    def _data_events(self, events: list[tuple[int, int]]) -> None:
-        for event, fd in events:
-            if event == zmq.EVENT_ACCEPTED:
-                self._live_fds.add(fd)
-            else:
-                self._live_fds.discard(fd)
-                peer = self._by_fd.get(fd)
-                if peer is not None:
-                    self._drop(peer)
-        self._count_descriptors()
+    def _data_changed(self, gone: list[int]) -> None:
+        for fd in gone:
+            peer = self._by_fd.get(fd)
+            if peer is not None:
+                self._drop(peer)
+        self._reconsider()
 
     def _watch_process(self, peer: _Peer) -> None:
         """Has the kernel tell when the peer's process ends.
@@ -449,8 +440,8 @@ class ZmqTransport:
         except Exception as error:
             reply(_error(error).as_event(id or getattr(error, "id", ""), 0))
 
-    def _control_events(self, events: list[tuple[int, int]]) -> None:
-        self._count_descriptors()
+    def _control_changed(self, gone: list[int]) -> None:
+        self._reconsider()
 
     # ---------------------------------------------------------------------------------- all of them
 
@@ -462,26 +453,21 @@ class ZmqTransport:
                 return
             self._zap.send_multipart(self._authenticator.answer(request), zmq.DONTWAIT)
 
-    def _count_descriptors(self) -> None:
-        """Stops accepting before the descriptors run out, and starts again when there is room."""
-        if self._stopping:
-            return
-        before, count = self._guard.accepting, open_descriptors()
-        accepting = self._guard.update(count)
-        if before and not accepting:
-            log.warning("%d of %d descriptors are open: new clients wait", count, self._guard.limit)
-            for server in self._servers:
-                server.unbind()
-        elif accepting and not before:
-            log.warning("%d descriptors are open: new clients are served again", count)
-            for server in self._servers:
-                server.bind()
-        if not accepting and self._guard_timer is None:
-            self._guard_timer = self._loop.call_later(_GUARD_S, self._count_again)
+    def _has_room(self) -> bool:
+        unsettled = sum(server.unsettled for server in self._servers)
+        return self._guard.has_room(open_descriptors(), unsettled)
 
-    def _count_again(self) -> None:
+    def _reconsider(self) -> None:
+        """Lets waiting clients in if there is room; looks again later while some wait."""
+        for server in self._servers:
+            server.reconsider()
+        if self._guard_timer is None and any(server.held for server in self._servers):
+            log.warning("%d descriptors are open: new clients wait", open_descriptors())
+            self._guard_timer = self._loop.call_later(_GUARD_S, self._reconsider_on_time)
+
+    def _reconsider_on_time(self) -> None:
         self._guard_timer = None
-        self._count_descriptors()
+        self._reconsider()
 
 
 def _batch(waiting: deque[bytes]) -> tuple[int, int]:

@@ -86,15 +86,15 @@ def monitor(
     return made
 
 
-def monitor_events(sock: zmq.Socket[bytes]) -> list[tuple[int, int]]:
-    """The events that wait on a `monitor` socket, as ``(event, value)``, oldest first."""
-    found: list[tuple[int, int]] = []
+def monitor_events(sock: zmq.Socket[bytes]) -> list[tuple[int, int, bytes]]:
+    """What waits on a `monitor` socket, as ``(event, value, endpoint)``, oldest first."""
+    found: list[tuple[int, int, bytes]] = []
     while True:
         try:
             frames: list[Any] = sock.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
             return found
-        found.append(_MONITOR_EVENT.unpack(frames[0]))
+        found.append((*_MONITOR_EVENT.unpack(frames[0]), frames[1]))
 
 
 def _int(value: int | bytes) -> int:
