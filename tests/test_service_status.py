@@ -130,7 +130,7 @@ def test_an_app_is_listed_with_its_figures_for_a_while_after_it_has_left() -> No
             front.clock.advance(REMEMBER_S - 1)
             status = await front.status()
             (app,) = status["apps"]
-            assert (app["connections"], app["class"]) == (0, None)
+            assert (app["connections"], app["class"]) == (0, client.connection.priority)
             assert (app["prompt_tokens"], app["cached_tokens"], app["generated_tokens"]) == (
                 3,
                 1,

@@ -182,3 +182,13 @@ def test_whole_texts_lose_the_tokenisers_own_leading_space_only() -> None:
 def test_a_table_whose_lengths_do_not_add_up_is_refused() -> None:
     with pytest.raises(ValueError, match="blob"):
         PieceTable([1, 2], b"ab")
+
+
+def test_stop_strings_do_not_count_in_the_first_tokens() -> None:
+    table = table_of([bytes([byte]) for byte in range(256)])
+    data = "END é END tail".encode()
+    for size in (1, 2, 5, 64):
+        detokenizer = Detokenizer(table, ["END"], after=6)
+        shown = [detokenizer.push([*data[at : at + size]]) for at in range(0, len(data), size)]
+        assert "".join(shown) + detokenizer.finish() == "END é "
+        assert detokenizer.kept_tokens == len("END é ".encode())

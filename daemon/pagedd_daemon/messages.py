@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """First message: which backend and model to load. Answered by `Loading`…, `Ready` or `Failed`."""
+    """First message: what to load. Answered by `Loading`…, then `Ready` or `Failed`."""
 
     backend: str
     """``llama.cpp`` or ``simulated``."""

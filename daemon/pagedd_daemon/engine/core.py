@@ -61,8 +61,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step might be possible: some request is alive and not paused."""
-        return any(not request.paused for request in self._requests.values())
+        """Whether to call `step` without a new message: a request is alive and not paused, or a
+        transfer has not ended."""
+        return self._pool.transfers_in_flight > 0 or any(
+            not request.paused for request in self._requests.values()
+        )
 
     @property
     def steps(self) -> int:
@@ -102,6 +105,7 @@ class Engine:
                 self._fail(step, str(fault))
             else:
                 self._retire(step, result)
+            self._scheduler.settle()
         return self._take_report()
 
     def _announce(self) -> None:

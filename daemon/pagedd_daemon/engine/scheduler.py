@@ -41,6 +41,8 @@ from pagedd_daemon.engine.work import Request, Sequence, SequenceState, TokenBuf
 
 _MOST_SHARERS = 16
 """Requests asked per step that turn out to wait for a prefix in flight."""
+_LEAST_CHUNK = 32
+"""Prompt tokens of a step at least: llama.cpp computes chunks of 64 at full speed, 32 at 85 %."""
 _ROOM_TOKENS = 256
 """Generated tokens a buffer has room for from the start; it doubles when they are used up."""
 
@@ -137,9 +139,7 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, its room reserved, or None if nobody can run now."""
-        if self._pool.transfers_in_flight:
-            self._settle(self._pool.settle())
-            self._changed = True
+        self.settle()
         decodes = [s for s in self._sequences.values() if _decodes(s)]
         ready, pressed = self._make_room(decodes)
         if not pressed:
@@ -149,6 +149,12 @@ class Scheduler:
         if not ready and not chunks:
             return None
         return self._launch([*((s, 1) for s in ready), *chunks])
+
+    def settle(self) -> None:
+        """Hear of transfers that have ended."""
+        if self._pool.transfers_in_flight:
+            self._settle(self._pool.settle())
+            self._changed = True
 
     def retire(self, step: Step, seconds: float) -> list[Sequence]:
         """The step is done. Returns its sequences in the order of ``step.runs``."""
@@ -302,7 +308,7 @@ class Scheduler:
         """Chunks of prompts for this step, oldest first, whole blocks where a prompt goes on."""
         block = self._caps.block_tokens
         most = self._caps.max_step_tokens - decodes
-        budget = self.cost.prefill_budget(decodes, most, least=min(block, most))
+        budget = self.cost.prefill_budget(decodes, most, least=min(_LEAST_CHUNK, most))
         wanted: list[tuple[Sequence, int]] = []
         for sequence in self._sequences.values():
             if budget <= 0:

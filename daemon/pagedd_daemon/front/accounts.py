@@ -39,6 +39,7 @@ class Account:
         "failed",
         "finished",
         "generated_tokens",
+        "klass",
         "left",
         "live",
         "prompt_tokens",
@@ -51,6 +52,8 @@ class Account:
         self.uid = uid
         self.classes: list[str] = []
         """Priority of each open connection."""
+        self.klass = "normal"
+        """The most important of these; of an app that left, the last one."""
         self.left = 0.0
         """When the last connection closed."""
         self.live = 0
@@ -102,7 +105,7 @@ class Account:
         prompt, cached = self.prompt_tokens, self.cached_tokens
         return {
             "app": self.app,
-            "class": min(self.classes, key=_CLASS_ORDER.index) if self.classes else None,
+            "class": self.klass,
             "connections": len(self.classes),
             "running": running,
             # Those the engine does not have yet (model loading, tokenising) wait too.
@@ -130,11 +133,14 @@ class Accounts:
         """The account of an app that opened a connection."""
         account = self._accounts.setdefault((uid, app), Account(app, uid))
         account.classes.append(priority)
+        account.klass = min(account.classes, key=_CLASS_ORDER.index)
         return account
 
     def close(self, account: Account, priority: str, now: float) -> None:
         """A connection of the app is gone."""
         account.classes.remove(priority)
+        if account.classes:
+            account.klass = min(account.classes, key=_CLASS_ORDER.index)
         account.left = now
         self._forget_old(now)
 

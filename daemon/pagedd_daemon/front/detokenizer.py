@@ -153,6 +153,11 @@ class Detokenizer:
 
     Each character is looked at a constant number of times, however tokens are pushed.
 
+    Args:
+        table: The vocabulary.
+        stop: Strings that end the text; empty ones never do.
+        after: Tokens in whose text no stop string is looked for (``min_tokens`` of a request).
+
     Attributes:
         stopped: A stop string was found; nothing that is pushed afterwards counts.
         kept_tokens: Of the tokens pushed, how many belong to the text: all of them, or, when
@@ -161,6 +166,7 @@ class Detokenizer:
     """
 
     __slots__ = (
+        "_after",
         "_chars",
         "_decoder",
         "_held",
@@ -172,14 +178,15 @@ class Detokenizer:
         "stopped",
     )
 
-    def __init__(self, table: PieceTable, stop: Sequence[str] = ()) -> None:
+    def __init__(self, table: PieceTable, stop: Sequence[str] = (), after: int = 0) -> None:
         self._table = table
+        self._after = after
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         strings = tuple(s for s in stop if s)
         self._stops = _automaton(strings) if strings else None
         self._state = 0
         self._held = ""
-        self._chars = 0  # characters decoded so far
+        self._chars = 0  # characters decoded so far, but those of the first tokens
         # For each token that may still be cut off, the index of the character its first byte
         # belongs to, or comes after if that character began with an earlier token.
         self._starts: list[int] = []
@@ -200,7 +207,12 @@ class Detokenizer:
         if self._stops is None:
             self.kept_tokens += len(tokens)
             return self._decoder.decode(self._table.join(tokens))
-        shown = [self._token(self._stops, token) for token in tokens]
+        shown = []
+        if (exempt := self._after - self.kept_tokens) > 0:
+            first, tokens = tokens[:exempt], tokens[exempt:]
+            self.kept_tokens += len(first)
+            shown.append(self._decoder.decode(self._table.join(first)))
+        shown += [self._token(self._stops, token) for token in tokens]
         # A token before the held characters can no longer be cut off.
         del self._starts[: bisect_left(self._starts, self._chars - len(self._held))]
         return "".join(shown)

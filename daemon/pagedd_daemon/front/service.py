@@ -394,6 +394,8 @@ class FrontService:
         current = self.models.current
         loaded = current.entry.name if current else None
         listed = [_described(entry, entry.name == loaded) for entry in entries]
+        if current and not any(entry.name == loaded for entry in entries):
+            listed.append(_described(current.entry, True))  # named by its path, or simulated
         self._result(call, {"models": listed})
 
     def _loaded(self, call: Call, model: Model) -> None:

@@ -41,7 +41,7 @@ CLASSES = {"interactive": 0, "normal": 1, "background": 2}
 class Sample:
     """One of the ``n`` continuations of a request."""
 
-    __slots__ = ("_before", "_detokenizer", "_stop", "_table", "ids", "reason", "tail")
+    __slots__ = ("_detokenizer", "ids", "reason", "tail")
 
     def __init__(self, table: PieceTable | None, stop: tuple[str, ...], min_tokens: int) -> None:
         """``table`` is None for a model without a tokeniser, whose samples have no text."""
@@ -50,35 +50,20 @@ class Sample:
         self.reason: str | None = None
         self.tail = ""
         """Text that was held back until the end."""
-        self._table = table
-        self._stop = stop
-        # Tokens whose text cannot end the sample: the first ``min_tokens``, if it has stop strings.
-        self._before = min_tokens if stop else 0
-        self._detokenizer: Detokenizer | None = None
-        if table is not None:
-            self._detokenizer = Detokenizer(table, () if self._before else stop)
+        self._detokenizer = None if table is None else Detokenizer(table, stop, min_tokens)
 
     def take(self, ids: array[int]) -> tuple[str, bool]:
         """Take new tokens: the text to show, and whether a stop string ended the sample.
 
         When one did, `ids` ends with the last token that has a byte before it.
         """
-        detokenizer = self._detokenizer
-        have = len(self.ids)
         self.ids += ids
+        detokenizer = self._detokenizer
         if detokenizer is None:
             return "", False
-        if have < self._before:
-            first = ids[: self._before - have]
-            text = detokenizer.push(first)
-            if len(self.ids) < self._before:
-                return text, False
-            detokenizer = self._look_for_stops(detokenizer)
-            text += detokenizer.push(ids[len(first) :])
-        else:
-            text = detokenizer.push(ids)
+        text = detokenizer.push(ids)
         if detokenizer.stopped:
-            del self.ids[self._before + detokenizer.kept_tokens :]
+            del self.ids[detokenizer.kept_tokens :]
             self.reason = "stop"
         return text, detokenizer.stopped
 
@@ -88,13 +73,6 @@ class Sample:
             self.reason = reason
             if self._detokenizer is not None:
                 self.tail = self._detokenizer.finish()
-
-    def _look_for_stops(self, before: Detokenizer) -> Detokenizer:
-        """From here on stop strings count; a character may be half done."""
-        assert self._table is not None
-        self._detokenizer = after = Detokenizer(self._table, self._stop)
-        after._decoder.setstate(before._decoder.getstate())
-        return after
 
 
 class Stream(Call):
