@@ -32,6 +32,7 @@ from kvpager import (
     Reserved,
     Resume,
     Runnable,
+    SetQuota,
     Shortage,
     StepFailed,
     StepLaunched,
@@ -580,6 +581,40 @@ def test_auto_preempts_as_the_measured_rates_say() -> None:
             prefill_tokens_per_s=1.0, load_tokens_per_s=1e6, store_tokens_per_s=1e6
         )
     assert caller(Preempt(1))[-1] == Preempted(1, PreemptMode.SWAP, 0)
+
+
+def test_a_namespace_gets_no_more_than_its_ceiling_and_says_so() -> None:
+    caller = Caller(gpu=16)
+    caller(SetQuota(ROOT, 0, 4))
+    assert caller.admit(1, ids(16)) == [Denied(1, 5, 4)]
+    caller.prompt(2, ids(8))
+    assert caller.admit(3, ids(12, 50)) == [Deferred(3, DeferReason.QUOTA, 3, 2)]
+    # What it shares with itself counts once.
+    caller.admit(4, ids(9))
+    assert caller.pager.namespace_blocks(ROOT) == 3
+    caller.compute(4, ids(4, 8))
+    assert caller(Reserve((4,), (1,))) == [Reserved(())]
+    assert caller(Reserve((2,), (1,))) == [Reserved((Shortage(2, 1, DeferReason.QUOTA),))]
+    # Others are not concerned, and what it has cached is not what it holds.
+    caller.prompt(5, ids(20), OTHER_ROOT)
+    caller(Free(4))
+    assert caller(Reserve((2,), (1,))) == [Reserved(())]
+
+
+def test_the_victim_of_a_class_is_of_the_namespace_most_over_its_floor() -> None:
+    caller = Caller(gpu=32)
+    caller.prompt(1, ids(20), ROOT)
+    caller.prompt(2, ids(12), OTHER_ROOT)
+    caller.prompt(3, ids(4, 90), ROOT, klass=2)
+    choose = caller.pager.choose_victim
+    assert choose((1, 2)) == 2
+    caller(SetQuota(ROOT, 0, 0))
+    caller(SetQuota(OTHER_ROOT, 1, 0))
+    assert choose((1, 2)) == 1
+    # At its floor it is spared, whatever its class, unless nobody else is left.
+    caller(SetQuota(ROOT, 6, 0))
+    assert choose((1, 2, 3)) == 2
+    assert choose((1, 3)) == 3
 
 
 def test_pressure_drains_blocks_and_gives_them_back() -> None:

@@ -86,8 +86,8 @@ def test_the_same_seed_tells_the_same_history() -> None:
 class FreesBeforeTheStepEnds(Pool):
     """Hands out blocks that a step in flight may still touch."""
 
-    def release(self, blocks, epoch=-1):  # type: ignore[no-untyped-def]
-        super().release(blocks, -1)
+    def release(self, blocks, space, epoch=-1):  # type: ignore[no-untyped-def]
+        super().release(blocks, space, -1)
 
 
 class FreesBeforeTheCopyEnds(Pool):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvpager.blocks import ACTIVE, CACHED, LOADING
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST, extend_chain
+from kvpager.quotas import Namespace
 from kvpager.sequences import SequenceState, SequenceTable, Status
 from kvpager.tiers import SlotState
 from kvpager.transfers import Transfers
@@ -66,8 +67,10 @@ class Admission:
         """Take in a new sequence, or say why not. Nothing is kept of one that is not admitted."""
         config, size = self._config, self._config.block_tokens
         total = -(-len(event.tokens) // size)
-        if total + 1 > config.gpu_blocks:
-            out.append(Denied(event.seq, total + 1, config.gpu_blocks))
+        most = self._seqs.quotas.ceiling(event.root) or config.gpu_blocks
+        most = min(most, config.gpu_blocks)
+        if total + 1 > most:
+            out.append(Denied(event.seq, total + 1, most))
             return
         if config.max_sequences and event.width > config.max_sequences:
             out.append(Denied(event.seq, event.width, config.max_sequences))
@@ -80,7 +83,8 @@ class Admission:
         plan = self._look_up(chain, (len(event.tokens) - 1) // size, None)
         plan.computed = len(plan.blocks) * size
         plan.total = total
-        refusal = self._refusal(event.seq, plan)
+        space = self._seqs.quotas.by_root.get(event.root, Namespace(event.root))
+        refusal = self._refusal(event.seq, plan, space)
         if refusal is not None:
             out.append(refusal)
             return
@@ -182,38 +186,47 @@ class Admission:
         free = self._config.max_sequences - self._seqs.ids_used
         return Deferred(seq, DeferReason.SEQUENCES, width, free)
 
-    def _room(self, need: int, hits: npt.NDArray[np.int32], *, margin: bool) -> Deferred | None:
+    def _short(
+        self,
+        seq: int,
+        need: int,
+        hits: npt.NDArray[np.int32],
+        space: Namespace,
+        *,
+        margin: bool,
+    ) -> Deferred | None:
+        """The refusal if there is no room for ``need`` blocks beside ``hits``."""
         arrays = self._pool.blocks
         cached = int((arrays.states[hits] == CACHED).sum())
         free = arrays.available() - cached
-        if margin:
-            need += math.ceil(self._config.growth_margin * self._config.gpu_blocks)
-        return None if need <= free else Deferred(-1, DeferReason.BLOCKS, need, free)
+        spare = math.ceil(self._config.growth_margin * self._config.gpu_blocks) if margin else 0
+        if need + spare > free:
+            return Deferred(seq, DeferReason.BLOCKS, need + spare, free)
+        room = space.room()
+        wanted = need + int((arrays.refcounts[hits] == 0).sum())
+        # A ceiling lowered below what a preempted sequence has must not keep it out for ever.
+        if room is not None and wanted > room and space.used:
+            return Deferred(seq, DeferReason.QUOTA, wanted, room)
+        return None
 
-    def _refusal(self, seq: int, plan: Plan) -> Deferred | None:
+    def _refusal(
+        self, seq: int, plan: Plan, space: Namespace, *, margin: bool = True
+    ) -> Deferred | None:
         """Why a sequence with this plan cannot run now; None if it can."""
+        need = plan.total - plan.attached
         if plan.reason is not None:
-            return Deferred(
-                seq, plan.reason, plan.total - plan.attached, self._pool.blocks.available()
-            )
+            return Deferred(seq, plan.reason, need, self._pool.blocks.available())
         others = len(self._seqs.by_id) > len(self._seqs.swapped)
         found = plan.blocks[plan.blocks >= 0]
-        short = self._room(plan.total - plan.attached, found, margin=others)
-        return None if short is None else Deferred(seq, short.reason, short.need, short.free)
+        return self._short(seq, need, found, space, margin=margin and others)
 
     def _refusal_resume(
         self, state: SequenceState, plan: Plan, *, together: bool
     ) -> Deferred | None:
         if self._ids_missing(state.ids):
             return self._no_ids(state.id, state.ids)
-        if together and plan.reason is None:
-            # The margin was asked for once, for the whole group.
-            found = plan.blocks[plan.blocks >= 0]
-            short = self._room(plan.total - plan.attached, found, margin=False)
-            return (
-                None if short is None else Deferred(state.id, short.reason, short.need, short.free)
-            )
-        return self._refusal(state.id, plan)
+        # For a group, the margin was asked for once.
+        return self._refusal(state.id, plan, state.space, margin=not together)
 
     def _refusal_group(self, members: list[SequenceState], plans: list[Plan]) -> Deferred | None:
         """Why the group cannot come back as a whole; full pages that siblings share count once."""
@@ -232,10 +245,8 @@ class Admission:
             found.update(plan.blocks[plan.blocks >= 0].tolist())
         if need > self._pool.blocks.limit:
             return None  # never all at once: they come back one by one
-        short = self._room(need, np.array(sorted(found), dtype=np.int32), margin=True)
-        return (
-            None if short is None else Deferred(members[0].id, short.reason, short.need, short.free)
-        )
+        hits = np.array(sorted(found), dtype=np.int32)
+        return self._short(members[0].id, need, hits, members[0].space, margin=True)
 
     # -------------------------------------------------------------------------------- taking
 
@@ -258,15 +269,15 @@ class Admission:
         hits = len(plan.blocks)
         table = np.full(plan.total, -1, dtype=np.int32)
         table[:hits] = plan.blocks
-        pool.share(plan.blocks[plan.blocks >= 0])
+        pool.share(plan.blocks[plan.blocks >= 0], state.space)
         tail = (plan.tail, plan.computed - hits * size)
         shared_tail = tails.get(tail, -1) if plan.tail >= 0 else -1
         if shared_tail >= 0:
             table[hits] = shared_tail
-            pool.share(table[hits : hits + 1])
+            pool.share(table[hits : hits + 1], state.space)
         own = table < 0
         loads = np.flatnonzero(own[:hits])
-        table[own] = pool.take(int(own.sum()))
+        table[own] = pool.take(int(own.sum()), state.space)
         state.extend_table(table.tolist())
         pages = [Page(i, int(table[i]), int(plan.slots[i]), size) for i in loads.tolist()]
         if plan.tail >= 0 and shared_tail < 0:

@@ -68,7 +68,7 @@ class Endings:
         shared = parent.blocks_held[: -(-computed // self._size)].copy()
         for seq in event.children:
             self._add_child(parent, seq, computed, shared.tolist(), out)
-            self._pool.share(shared)
+            self._pool.share(shared, parent.space)
         seqs.tell(parent, f"forked at {computed} into {event.children}")
 
     def _add_child(
@@ -152,7 +152,7 @@ class Endings:
             self._pool.forget(int(state.table[keep - 1]))
         dropped = state.blocks_held[keep:].copy()
         state.blocks = min(state.blocks, keep)
-        self._pool.release(dropped, self._seqs.epoch_of(state))
+        self._pool.release(dropped, state.space, self._seqs.epoch_of(state))
 
     # ----------------------------------------------------------------------- free and preempt
 
@@ -230,7 +230,7 @@ class Endings:
         blocks = state.blocks_held.copy()
         state.blocks = 0
         self._seqs.place_cursor(state)
-        self._pool.release(blocks)
+        self._pool.release(blocks, state.space)
         out.append(Release(state.id))
 
     # ---------------------------------------------------------------------------------- pages

@@ -37,6 +37,7 @@ class _Check:
         for state in self.seqs.by_id.values():
             self.sequence(state)
         self.membership()
+        self.quotas()
         self.references()
         self.blocks()
         self.steps()
@@ -141,6 +142,20 @@ class _Check:
                 self.require(
                     seqs.busy(state), f"{who}: nothing keeps it, yet it is still here", state
                 )
+
+    def quotas(self) -> None:
+        """Each namespace counts its members, and the blocks in their tables once."""
+        live = self.seqs.by_id.values()
+        for root, space in self.seqs.quotas.by_root.items():
+            mine = [state for state in live if state.space is space]
+            held = {block for state in mine for block in state.blocks_held.tolist()}
+            name = f"namespace {root.hex()[:8]}"
+            self.require(space.members == len(mine), f"{name}: {space.members} members")
+            self.require(space.used == len(held), f"{name}: {space.used} blocks, not {len(held)}")
+            self.require(mine or space.floor or space.ceiling, f"{name}: left over")
+        known = self.seqs.quotas.by_root
+        for state in live:
+            self.require(known.get(state.root) is state.space, "a namespace nobody knows", state)
 
     # --------------------------------------------------------------------------------- blocks
 

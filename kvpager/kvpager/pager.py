@@ -15,7 +15,7 @@ from kvpager.errors import ImpossibleEventError
 from kvpager.invariants import check
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
-from kvpager.sequences import SequenceTable, Status
+from kvpager.sequences import SequenceState, SequenceTable, Status
 from kvpager.steps import Steps
 from kvpager.transfers import Transfers
 from kvpager.types import (
@@ -35,6 +35,7 @@ from kvpager.types import (
     Pressure,
     Reserve,
     Resume,
+    SetQuota,
     StepFailed,
     StepLaunched,
     StepRetired,
@@ -116,8 +117,10 @@ class Pager:
             self._endings.preempt(event, out)
         elif isinstance(event, Free):
             self._endings.free(event, out)
-        else:
+        elif isinstance(event, Pressure):
             self._pressure(event)
+        else:
+            self._set_quota(event)
         return out
 
     def _check_admit(self, event: Admit) -> None:
@@ -152,6 +155,12 @@ class Pager:
                 f"Pressure of {event.gpu_blocks} blocks, the pool has {self.config.gpu_blocks}"
             )
         self._pool.set_limit(event.gpu_blocks)
+
+    def _set_quota(self, event: SetQuota) -> None:
+        floor, ceiling = event.floor_blocks, event.ceiling_blocks
+        if len(event.root) != DIGEST or floor < 0 or ceiling < 0 or 0 < ceiling < floor:
+            raise ImpossibleEventError(f"no quota: {event}")
+        self._seqs.quotas.set(event.root, floor, ceiling)
 
     def _afterwards(self, out: list[Instruction]) -> None:
         """What had to wait for a step or a transfer."""
@@ -242,10 +251,12 @@ class Pager:
         return self._seqs.story(seq)
 
     def choose_victim(self, candidates: Sequence[int]) -> int | None:
-        """Who should be preempted: lowest class first, then the newest admission.
+        """Who should be preempted.
 
-        Never one that has been resumed and has not computed a token since, so that nothing
-        thrashes, nor one that does not run. None if nobody is left.
+        Lowest class first, then the namespace most over its quota, then the newest admission. A
+        namespace at or below its floor is spared while there is another. Never one that has been
+        resumed and has not computed a token since, so that nothing thrashes, nor one that does
+        not run. None if nobody is left.
         """
         seqs = self._seqs
         eligible = [
@@ -255,7 +266,19 @@ class Pager:
         ]
         if not eligible:
             return None
-        return max(eligible, key=lambda state: (state.klass, state.order)).id
+        if not seqs.quotas.active:
+            return max(eligible, key=lambda state: (state.klass, state.order)).id
+
+        def worth(state: SequenceState) -> tuple[bool, int, int, int]:
+            over = state.space.over()
+            return over > 0, state.klass, over, state.order
+
+        return max(eligible, key=worth).id
+
+    def namespace_blocks(self, root: bytes) -> int:
+        """Blocks of the first tier that the running sequences of a namespace hold."""
+        space = self._seqs.quotas.by_root.get(root)
+        return space.used if space is not None else 0
 
     def validate(self) -> None:
         """Check every invariant of the pool.

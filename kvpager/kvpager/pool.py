@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvpager.blocks import ACTIVE, CACHED, DYING, FREE, LOADING, STORING, BlockArrays
 from kvpager.prefix import PageIndex
+from kvpager.quotas import Namespace
 from kvpager.tiers import LowerTier
 from kvpager.types import PagerConfig, Tier
 
@@ -31,12 +32,19 @@ class Pool:
 
     # -------------------------------------------------------------------------------- taking
 
-    def take(self, count: int) -> list[int]:
+    def available(self, space: Namespace) -> int:
+        """Blocks that sequences of this namespace can have at once."""
+        room = space.room()
+        free = self.blocks.available()
+        return free if room is None else min(free, room)
+
+    def take(self, count: int, space: Namespace) -> list[int]:
         """``count`` blocks with one reference each, evicting cached pages where no block is free.
 
-        The caller has checked `BlockArrays.available`: nothing ever waits in here.
+        The caller has checked that there are so many: nothing ever waits in here.
         """
         assert count <= self.blocks.available()
+        space.used += count
         taken = self.blocks.pop_free(count)
         while len(taken) < count:
             taken.append(self._evict_one())
@@ -46,9 +54,10 @@ class Pool:
             self.blocks.refcounts[which] = 1
         return taken
 
-    def share(self, blocks: npt.NDArray[np.int32]) -> None:
+    def share(self, blocks: npt.NDArray[np.int32], space: Namespace) -> None:
         """One reference more for each of ``blocks``, which are distinct."""
         arrays = self.blocks
+        space.used += int((arrays.refcounts[blocks] == 0).sum())
         states = arrays.states[blocks]
         for block in blocks[states == CACHED].tolist():
             arrays.cached.remove(block)
@@ -58,11 +67,17 @@ class Pool:
 
     # ---------------------------------------------------------------------------- letting go
 
-    def release(self, blocks: Sequence[int] | npt.NDArray[np.int32], epoch: int = -1) -> None:
+    def release(
+        self,
+        blocks: Sequence[int] | npt.NDArray[np.int32],
+        space: Namespace,
+        epoch: int = -1,
+    ) -> None:
         """One reference less for each of ``blocks``, last block of the sequence first.
 
         Args:
             blocks: In logical order, distinct.
+            space: The namespace of the sequence that lets go.
             epoch: The last step in flight that may touch them, -1 for none.
         """
         which = np.asarray(blocks, dtype=np.intp)[::-1]
@@ -71,7 +86,9 @@ class Pool:
             for block in which.tolist():
                 arrays.epoch[block] = max(arrays.epoch[block], epoch)
         arrays.refcounts[which] -= 1
-        for block in which[arrays.refcounts[which] == 0].tolist():
+        unreferenced = which[arrays.refcounts[which] == 0].tolist()
+        space.used -= len(unreferenced)
+        for block in unreferenced:
             self.settle(block)
 
     def settle(self, block: int, *, oldest: bool = False) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kvpager.errors import ImpossibleEventError
 from kvpager.prefix import DIGEST
+from kvpager.quotas import Namespace, Quotas
 from kvpager.types import Attach, Free, Preempt, PriorityClass, Tokens
 
 _STORY_LENGTH = 32
@@ -48,6 +49,7 @@ class SequenceState:
         "pending",
         "root",
         "slot",
+        "space",
         "status",
         "story",
         "table",
@@ -55,11 +57,12 @@ class SequenceState:
     )
 
     def __init__(
-        self, seq: int, slot: int, root: bytes, klass: PriorityClass, group: int, order: int
+        self, seq: int, slot: int, space: Namespace, klass: PriorityClass, group: int, order: int
     ) -> None:
         self.id = seq
         self.slot = slot
-        self.root = root
+        self.space = space
+        self.root = space.root
         self.klass = klass
         self.group = group
         self.order = order
@@ -148,6 +151,7 @@ class SequenceTable:
         self.swapped: dict[int, SequenceState] = {}
         self.trimming: dict[int, SequenceState] = {}
         """Those whose backend has still to hear of a truncation (`Trim`)."""
+        self.quotas = Quotas()
         self.ids_used = 0
         self.steps: deque[StepRecord] = deque()
         """Launched, not retired."""
@@ -206,7 +210,8 @@ class SequenceTable:
         if not self._free_slots:
             self._grow()
         slot = self._free_slots.pop()
-        state = SequenceState(seq, slot, root, klass, group, self._admissions)
+        space = self.quotas.join(root)
+        state = SequenceState(seq, slot, space, klass, group, self._admissions)
         self._admissions += 1
         self.by_id[seq] = state
         self.by_slot[slot] = state
@@ -222,6 +227,7 @@ class SequenceTable:
         if len(self._dead) > _STORIES_OF_THE_DEAD:
             self._dead.popitem(last=False)
         del self.by_id[state.id]
+        self.quotas.leave(state.space)
         self.by_slot[state.slot] = None
         self._free_slots.append(state.slot)
         self.runnable.pop(state.id, None)

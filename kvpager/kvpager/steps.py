@@ -15,6 +15,7 @@ from kvpager.prefix import DIGEST, extend_chain
 from kvpager.sequences import SequenceState, SequenceTable, StepRecord
 from kvpager.types import (
     CopyBlock,
+    DeferReason,
     Instruction,
     Reserve,
     Reserved,
@@ -50,9 +51,9 @@ class Steps:
         for i in np.flatnonzero(~ready).tolist():
             state = seqs.by_slot[slots[i]]
             assert state is not None
-            missing = self._make_room(state, int(ends[i]), out)
-            if missing:
-                short.append(Shortage(state.id, missing))
+            shortage = self._make_room(state, int(ends[i]), out)
+            if shortage is not None:
+                short.append(shortage)
         out.append(Reserved(tuple(short)))
 
     def _counts(self, event: Reserve | StepLaunched) -> npt.NDArray[np.int64]:
@@ -75,34 +76,37 @@ class Steps:
         )
         return writable
 
-    def _make_room(self, state: SequenceState, end: int, out: list[Instruction]) -> int:
-        """Blocks up to position ``end``, the first of them writable; the blocks missing, if any."""
+    def _make_room(self, state: SequenceState, end: int, out: list[Instruction]) -> Shortage | None:
+        """Blocks up to position ``end``, the first of them writable; what is missing, if any."""
         seqs, pool, arrays, slot = self._seqs, self._pool, self._pool.blocks, state.slot
         length = int(seqs.length[slot])
         block = int(seqs.write_block[slot])
         more = max(0, -(-end // self._size) - state.blocks)
         copy = block >= 0 and (arrays.refcount[block] > 1 or arrays.pins[block] > 0)
-        missing = more + copy - arrays.available()
-        if missing > 0:
-            return missing
+        if more + copy > pool.available(state.space):
+            missing = more + copy - arrays.available()
+            if missing > 0:
+                return Shortage(state.id, missing)
+            missing = more + copy - pool.available(state.space)
+            return Shortage(state.id, missing, DeferReason.QUOTA)
         if copy:
             self._copy_on_write(state, length, block, out)
         elif block >= 0:
             # A truncation led back into a page; it is about to become something else.
             pool.forget(block)
-        state.extend_table(pool.take(more))
+        state.extend_table(pool.take(more, state.space))
         seqs.promised[slot] = end
         seqs.place_cursor(state)
-        return 0
+        return None
 
     def _copy_on_write(
         self, state: SequenceState, length: int, block: int, out: list[Instruction]
     ) -> None:
         index = length // self._size
-        (own,) = self._pool.take(1)
+        (own,) = self._pool.take(1, state.space)
         out.append(CopyBlock(state.id, index, block, own, length % self._size))
         self._remap(state, index, own)
-        self._pool.release([block], self._seqs.epoch_of(state))
+        self._pool.release([block], state.space, self._seqs.epoch_of(state))
         self.copied_blocks += 1
         self._seqs.tell(state, f"copied block {block} to {own} before writing position {length}")
 

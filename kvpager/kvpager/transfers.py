@@ -181,7 +181,7 @@ class Transfers:
             state.loads[transfer] = [kept for item in others for kept in _clip(item, first, tokens)]
         lost = state.blocks_held[first:].copy()
         state.blocks = first
-        self._pool.release(lost)
+        self._pool.release(lost, state.space)
         computed = min(int(seqs.computed[state.slot]), first * tokens)
         seqs.computed[state.slot] = seqs.length[state.slot] = computed
         if computed < state.known_tokens:
@@ -194,8 +194,8 @@ class Transfers:
         """Give a cut sequence the blocks of its known tokens again, as far as there are any."""
         tokens = self._seqs.block_tokens
         wanted = -(-state.known_tokens // tokens) - state.blocks
-        blocks = self._pool.take(max(0, min(wanted, self._pool.blocks.available())))
-        state.extend_table(blocks)
+        wanted = max(0, min(wanted, self._pool.available(state.space)))
+        state.extend_table(self._pool.take(wanted, state.space))
         self._seqs.place_cursor(state)
 
     def _cut_swapped(self, slot: int) -> None:

@@ -220,6 +220,21 @@ class Pressure:
     gpu_blocks: int
 
 
+@dataclass(frozen=True, slots=True)
+class SetQuota:
+    """How many blocks of the first tier the running sequences of one namespace may hold.
+
+    Takes nothing from anyone: a namespace above its new ceiling merely gets no more.
+    """
+
+    root: bytes
+    """The namespace: `Admit.root` of its sequences."""
+    floor_blocks: int = 0
+    """It is no victim with this many blocks or fewer, while others above their floor run."""
+    ceiling_blocks: int = 0
+    """It never gets more blocks than this; 0 for no ceiling."""
+
+
 Event: TypeAlias = (
     Admit
     | Resume
@@ -234,6 +249,7 @@ Event: TypeAlias = (
     | TransferDone
     | TransferFailed
     | Pressure
+    | SetQuota
 )
 
 
@@ -257,6 +273,8 @@ class DeferReason(Enum):
     """Why an admission must wait."""
 
     BLOCKS = "blocks"
+    QUOTA = "quota"
+    """Its namespace is at its ceiling; only blocks of the same namespace help."""
     SEQUENCES = "sequences"
     PREFIX_IN_FLIGHT = "prefix_in_flight"
     """Another sequence is computing this prefix right now: wait rather than do it twice."""
@@ -276,7 +294,11 @@ class Deferred:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """Never: the sequence needs ``need_blocks`` of a pool of ``total_blocks``."""
+    """Never: the sequence needs ``need_blocks`` of a pool of ``total_blocks``.
+
+    Where its namespace has a ceiling that is less, ``total_blocks`` is the ceiling. For a request
+    wider than the backend can name sequences, both count sequences.
+    """
 
     seq: int
     need_blocks: int
@@ -300,6 +322,8 @@ class Shortage:
 
     seq: int
     missing_blocks: int
+    reason: DeferReason = DeferReason.BLOCKS
+    """``QUOTA`` if its namespace is at its ceiling: then only a victim of that namespace helps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from kvpager import (
     Reserved,
     Resume,
     Runnable,
+    SetQuota,
     StepFailed,
     StepLaunched,
     StepRetired,
@@ -167,6 +168,8 @@ class World:
         self.issued_at: dict[int, int] = {}
         self.early: set[int] = set()
         self.short: set[int] = set()
+        self.ceilings = dict.fromkeys(ROOTS, 0)
+        self.held_before = dict.fromkeys(ROOTS, 0)
         self.events = 0
         self.next_seq = 0
         self.next_epoch = 0
@@ -200,6 +203,7 @@ class World:
             (self.resume, 9),
             (self.free, 6),
             (self.pressure, 1),
+            (self.quota, 1),
             (self.impossible, 1),
             (self.idle, 3),
         )
@@ -234,6 +238,11 @@ class World:
                 fresh = set(table) - set(model.blocks)
                 check(not fresh & named, f"{model.id} got {fresh & named}, which a step uses")
                 model.blocks = table
+        for root, ceiling in self.ceilings.items():
+            held = self.pager.namespace_blocks(root)
+            before, self.held_before[root] = self.held_before[root], held
+            # A sequence may come back alone to a namespace whose ceiling was lowered meanwhile.
+            check(not ceiling or held <= max(ceiling, before) or not before, "over the ceiling")
         limit = self.config.max_sequences
         check(not limit or self.ids_used() <= limit, f"{self.ids_used()} sequence ids of {limit}")
 
@@ -448,6 +457,14 @@ class World:
     def pressure(self) -> None:
         self.send(Pressure(self.rng.randint(self.config.gpu_blocks // 2, self.config.gpu_blocks)))
 
+    def quota(self) -> None:
+        """A namespace is given a quota; whatever then happens, its ceiling holds."""
+        root = self.rng.choice(ROOTS)
+        floor = self.rng.randint(0, self.config.gpu_blocks // 2)
+        ceiling = self.rng.choice((0, self.rng.randint(max(1, floor), self.config.gpu_blocks)))
+        self.ceilings[root] = ceiling
+        self.send(SetQuota(root, floor, ceiling))
+
     def idle(self) -> None:
         """The device gets on with its work."""
         self.flush(self.rng.randint(0, len(self.queue)))
@@ -464,6 +481,7 @@ class World:
             TransferDone(10**6),
             TransferFailed(0),
             Pressure(self.config.gpu_blocks + 1),
+            SetQuota(ROOTS[0], 5, 4),
             Fork(10**6, (1,)),
             StepLaunched(self.next_epoch - 5, (), ()),
             Admit(some, np.array([], dtype=np.int32), ROOTS[0]),
@@ -496,6 +514,9 @@ class World:
     def finish(self) -> None:
         """Every sequence runs to its end, and then nothing is held any more."""
         self.send(Pressure(self.config.gpu_blocks))
+        for root in ROOTS:
+            self.ceilings[root] = 0
+            self.send(SetQuota(root))
         for _ in range(40 + 60 * len(self.models)):
             if not self.models:
                 break
@@ -600,8 +621,11 @@ class World:
             model.status = "loading" if instruction.loading else "running"
         elif isinstance(instruction, Denied):
             blocks = -(-len(model.tokens) // self.size) + 1
+            ceiling = self.ceilings[model.root] or self.config.gpu_blocks
             limit = self.config.max_sequences
-            fits = blocks <= self.config.gpu_blocks and not (limit and model.width > limit)
+            fits = blocks <= min(ceiling, self.config.gpu_blocks) and not (
+                limit and model.width > limit
+            )
             check(not fits, f"{instruction}, though it fits")
             del self.models[model.id]
         elif isinstance(instruction, Runnable):
@@ -737,6 +761,7 @@ def fingerprint(pager: Pager) -> list[object]:
         *(bytes(item) for item in (*pool.index.where, *pool.index.children, pool.index.parent)),
         [bytes(item) for item in (pool.ram.state, pool.ram.holds, pool.ram.pins, pool.ram.node)],
         list(pool.ram.cached),
+        [(s.root, s.members, s.used, s.floor, s.ceiling) for s in seqs.quotas.by_root.values()],
         pool.retired_epoch,
         dict(pool.loading),
         (seqs.ids_used, seqs.launched_epoch, seqs.retired_epoch, sorted(seqs.runnable.items())),
