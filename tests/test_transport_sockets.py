@@ -21,7 +21,7 @@ import zmq
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.limits import Limits, as_map
-from pagedd_daemon.front.listener import AlreadyRunning, SocketPathError
+from pagedd_daemon.front.listener import AlreadyRunning, SocketPathError, open_descriptors
 from pagedd_daemon.front.ports import Connection
 from tests.support.transport import WAIT_MS, Client, RecordingService, Served, connected
 
@@ -107,6 +107,19 @@ def test_a_token_names_its_connection_on_the_control_socket(tmp_path: Path) -> N
             assert control.call("cancel", token=token, target="x")["code"] == "E_TOKEN"
         assert served.service.next_call() == ("closed", 1)
         assert control.call("cancel", token=token, target="x")["code"] == "E_TOKEN"
+
+
+def test_a_control_request_counts_though_its_client_is_gone(tmp_path: Path) -> None:
+    class Listening(RecordingService):
+        def control(self, uid: int, request: r.ControlRequest, *rest: Any) -> None:
+            self.calls.put((request.verb, request.id))
+
+    with Served(tmp_path, service=Listening()) as served:
+        for number in range(5):
+            with Client(tmp_path, "control.sock") as client:
+                client.ask("shutdown", str(number))
+                client.sock.close(WAIT_MS)
+            assert served.service.next_call() == ("shutdown", str(number))
 
 
 # ----------------------------------------------------------------------- bad input on a live daemon
@@ -468,3 +481,15 @@ def test_clients_beyond_the_descriptors_wait_for_their_turn(tmp_path: Path) -> N
                 assert client.event()["type"] == "result"
                 poller.unregister(sock)
                 client.close()
+
+
+def test_what_clients_took_is_given_back_when_they_are_gone(tmp_path: Path) -> None:
+    with Served(tmp_path) as served, connected(tmp_path) as stays:
+        before = served.call(open_descriptors)
+        for _ in range(20):
+            with connected(tmp_path), Client(tmp_path, "control.sock") as control:
+                assert control.call("ping")["type"] == "result"
+        # Unused listening sockets are taken back with a delay; the test's own limit bounds this.
+        while served.call(open_descriptors) > before:
+            threading.Event().wait(0.1)
+        assert stays.call("models")["type"] == "result"
