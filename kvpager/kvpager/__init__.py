@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvpager.errors import ImpossibleEventError, InvariantError, PagerError
 from kvpager.pager import Pager
+from kvpager.restore import Restore, meeting_point
 from kvpager.types import (
     Admit,
     Admitted,
@@ -81,6 +82,7 @@ __all__ = [
     "Release",
     "Reserve",
     "Reserved",
+    "Restore",
     "Resume",
     "Runnable",
     "SetQuota",
@@ -96,4 +98,5 @@ __all__ = [
     "TransferFailed",
     "Trim",
     "Truncate",
+    "meeting_point",
 ]
