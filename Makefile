@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test check bench-cpu clean
+.PHONY: help demo test check bench-cpu bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,9 @@ check: $(READY) ## ruff, mypy --strict, import boundaries, file lengths
 
 bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, 20 minutes or so
 	@$(BIN)/python -m benchmarks.cpu
+
+bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
+	@$(BIN)/python -m benchmarks.paper
 
 clean: ## remove .venv and everything else that was built or cached here
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.paper.points import Workers
 from benchmarks.paper.sections import SECTIONS, Context
-from benchmarks.report import RESULTS, ROOT, Report, commit, cores, machine_words
+from benchmarks.report import RESULTS, ROOT, Report, cores, machine_slug
 
 DATA = RESULTS / "paper-data.json"
 QUICK_RESULTS = ROOT / "build" / "bench-paper"
@@ -41,9 +41,7 @@ def main() -> int:
 def _write_data(context: Context, path: Path) -> None:
     """Keep the curves that `benchmarks.paper.document` draws, next to the rows."""
     document = {
-        "machine": machine_words(),
-        "commit": commit(),
-        "quick": context.quick,
+        "report": f"{context.report.target}-{machine_slug()}.json",
         "sections": context.data,
     }
     path.write_text(json.dumps(_rounded(document), indent=1) + "\n", encoding="utf-8")

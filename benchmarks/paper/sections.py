@@ -15,7 +15,7 @@ from benchmarks.paper.model import BLOCK_TOKENS, LAYERS, LatencyModel
 from benchmarks.paper.points import Point, Workers
 from benchmarks.paper.policies import POLICIES, TITLES
 from benchmarks.paper.simulate import Outcome
-from benchmarks.paper.workload import SHAPES, lengths
+from benchmarks.paper.workload import SHAPES, Lengths, lengths
 from benchmarks.report import Report, Row
 
 Data = dict[str, Any]
@@ -50,7 +50,7 @@ class Context:
 
 def saturated(context: Context, shape: str) -> dict[str, Point]:
     """A run of each policy whose queue is never empty."""
-    count = context.scaled(SATURATED[shape], least={"sharegpt": 700, "alpaca": 1600}[shape])
+    count = context.scaled(SATURATED[shape], least=1600)
     return {policy: Point(policy, shape, count) for policy in POLICIES}
 
 
@@ -152,12 +152,13 @@ def sharing(context: Context) -> Data:
         for n in (2, 4, 6)
     }
     outcomes = context.run(points)
-    data: Data = {"parallel": {}, "beam": {}}
+    data: Data = {"parallel": {}, "beam": {}, "once": {}}
     for name, outcome in outcomes.items():
         shape, n = name.split("|")
         data["parallel"].setdefault(shape, {})[n] = outcome.sharing_saved
     for shape in SHAPES:
         pairs = lengths(shape, context.scaled(400, least=20))
+        data["once"][shape] = {str(n): _saved_once(pairs, n) for n in (2, 4, 6)}
         data["beam"][shape] = {str(k): beam_saving(shape, k, pairs) for k in (2, 4, 6)}
     bounds = {
         "parallel": ("parallel sampling", "n", {"2": ">= 16", "6": ">= 30"}),
@@ -176,6 +177,15 @@ def sharing(context: Context) -> Data:
                     )
                 )
     return data
+
+
+def _saved_once(pairs: Lengths, samples: int) -> float:
+    """What sharing prompts saves if each request counts once however long it runs: arithmetic."""
+    shares = []
+    for prompt, output in pairs:
+        blocks = sum(-(-(prompt + done) // BLOCK_TOKENS) for done in range(output))
+        shares.append((samples - 1) * (prompt // BLOCK_TOKENS) * output / (samples * blocks))
+    return statistics.fmean(shares)
 
 
 def prefix(context: Context) -> Data:
