@@ -209,10 +209,12 @@ def talk(host: str) -> str:
                     raise DemoError(f"not finished within {TALK_SECONDS:g} s") from None
                 if kind == "exit":
                     exits[app] = text
-                    continue
-                screen.add(app, kind, text)
-                talking.add(app)
-                if not listing and len(talking) == len(APPS):
+                else:
+                    screen.add(app, kind, text)
+                if kind == "text":
+                    talking.add(app)
+                # When all of them have been answered, or the first one leaves before that.
+                if not listing and (len(talking) == len(APPS) or exits):
                     listing = pagedd("ps", host=host)
     finally:
         for process in processes.values():

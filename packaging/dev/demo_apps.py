@@ -97,7 +97,7 @@ TOOLS = "".join(
 def agent(host: str) -> None:
     """An agent: every step sends the same long instructions again, which are computed once."""
     with pagedd.connect(app="agent", host=host, timeout=TIMEOUT_S) as llm:
-        for task in ("Fix the failing test.", "Rename the module.", "Write the changelog."):
+        for task in ("Fix the failing test.", "Rename the module.", "Say what you would do first."):
             say("ask", f"[{len(TOOLS)} characters of instructions] {task}")
             messages = [{"role": "system", "content": TOOLS}, {"role": "user", "content": task}]
             usage = show(llm.chat(messages, max_tokens=40, **STYLE)).usage
