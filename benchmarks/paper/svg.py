@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 COLOURS = ("#0b62a4", "#c8501e", "#3d8b37", "#7a4fa3", "#666666")
-_WIDTH, _HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 34, 48
+_WIDTH, _HEIGHT = 780, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 214, 34, 48
 _LEGEND_STEP = 17
 
 Points = Sequence[tuple[float, float]]
@@ -66,7 +66,8 @@ class _Canvas:
             f'fill="{colour}"/>'
         )
 
-    def legend(self, names: Sequence[str], x: float) -> None:
+    def legend(self, names: Sequence[str]) -> None:
+        x = _WIDTH - _RIGHT + 14
         for i, name in enumerate(names):
             y = _TOP + 12 + i * _LEGEND_STEP
             self.box(x, y - 8, 14, 8, COLOURS[i % len(COLOURS)])
@@ -141,7 +142,7 @@ def lines(title: str, x: Axis, y: Axis, curves: Mapping[str, Points]) -> str:
         canvas.elements += [
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in kept
         ]
-    canvas.legend(list(curves), _LEFT + 12)
+    canvas.legend(list(curves))
     return canvas.document()
 
 
@@ -149,7 +150,7 @@ def stacked(title: str, y: Axis, bars: Mapping[str, Mapping[str, float]]) -> str
     """One bar per entry, made of the same parts from the bottom up."""
     canvas = _Canvas(title)
     _vertical(canvas, y)
-    room = (_WIDTH - _LEFT - _RIGHT - 170) / len(bars)
+    room = (_WIDTH - _LEFT - _RIGHT) / len(bars)
     for number, (name, parts) in enumerate(bars.items()):
         left = _LEFT + number * room + room * 0.15
         base = y.low
@@ -163,5 +164,5 @@ def stacked(title: str, y: Axis, bars: Mapping[str, Mapping[str, float]]) -> str
                 )
             base += value
         canvas.text(left + room * 0.35, _HEIGHT - _BOTTOM + 18, name)
-    canvas.legend(list(next(iter(bars.values()))), _WIDTH - _RIGHT - 160)
+    canvas.legend(list(next(iter(bars.values()))))
     return canvas.document()
