@@ -34,6 +34,7 @@ from kvpager import (
     Runnable,
     SetQuota,
     Shortage,
+    Spill,
     StepFailed,
     StepLaunched,
     StepRetired,
@@ -62,6 +63,7 @@ class Caller:
         gpu: int = 32,
         ram: int = 0,
         *,
+        disk: int = 0,
         keep: bool = True,
         max_sequences: int = 0,
         margin: float = 0.0,
@@ -71,6 +73,7 @@ class Caller:
             PagerConfig(
                 gpu_blocks=gpu,
                 ram_blocks=ram,
+                disk_blocks=disk,
                 block_tokens=SIZE,
                 max_sequences=max_sequences,
                 keep_cached_on_gpu=keep,
@@ -547,6 +550,55 @@ def test_three_hundred_prefixes_are_all_found_again_in_ram() -> None:
         caller(TransferDone(load.transfer))
         caller(Free(1000 + seq))
     caller.pager.validate()
+
+
+# --------------------------------------------------------------------------------------- disk
+
+
+def finished(caller: Caller, out: list[Instruction]) -> None:
+    """Report every transfer in ``out``, and those that follow, as done."""
+    waiting = list(out)
+    while waiting:
+        item = waiting.pop(0)
+        if isinstance(item, (Store, Load, Spill)):
+            waiting += caller(TransferDone(item.transfer))
+
+
+def test_a_swap_that_ram_has_no_room_for_goes_on_disk() -> None:
+    caller = Caller(ram=2, disk=8, keep=False, reserve=0.0)
+    caller.prompt(1, ids(14))
+    out = caller(Preempt(1, PreemptMode.SWAP))
+    stores = [item for item in out if isinstance(item, Store)]
+    assert [(item.tier, len(item.pages)) for item in stores] == [(Tier.RAM, 2), (Tier.DISK, 2)]
+    assert out[-2:] == [Release(1), Preempted(1, PreemptMode.SWAP, 0)]
+    finished(caller, out)
+    out = caller(Resume(1))
+    loads = [item for item in out if isinstance(item, Load)]
+    assert [(item.tier, len(item.pages)) for item in loads] == [(Tier.RAM, 2), (Tier.DISK, 2)]
+    assert caller(TransferDone(loads[1].transfer)) == []
+    assert Runnable(1, 14) in caller(TransferDone(loads[0].transfer))
+
+
+def test_pages_leave_ram_for_disk_before_they_are_evicted_and_are_found_there() -> None:
+    caller = Caller(ram=4, disk=16, keep=False, reserve=0.0)
+    for seq in range(4):
+        caller.prompt(seq, ids(8, 100 * seq))
+        finished(caller, caller(Free(seq)))
+    assert caller.pager.stats().ram.cached == 4
+    for seq in range(4):
+        out = caller.admit(10 + seq, ids(9, 100 * seq))
+        assert out[-1] == Admitted(10 + seq, 8, True)
+        finished(caller, out)
+
+
+def test_a_load_from_disk_that_fails_leaves_what_came_from_ram() -> None:
+    caller = Caller(ram=2, disk=8, keep=False, reserve=0.0)
+    caller.prompt(1, ids(14))
+    finished(caller, caller(Preempt(1, PreemptMode.SWAP)))
+    out = caller(Resume(1))
+    from_ram, from_disk = (item for item in out if isinstance(item, Load))
+    assert caller(TransferFailed(from_disk.transfer)) == [Trim(1, 8)]
+    assert Runnable(1, 8) in caller(TransferDone(from_ram.transfer))
 
 
 # ------------------------------------------------------------------------ victims and pressure

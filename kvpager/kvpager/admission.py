@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from kvpager.pool import Pool
 from kvpager.prefix import DIGEST, extend_chain
 from kvpager.quotas import Namespace
 from kvpager.sequences import SequenceState, SequenceTable, Status
-from kvpager.tiers import SlotState
+from kvpager.tiers import Place, SlotState
 from kvpager.transfers import Transfers
 from kvpager.types import (
     Admit,
@@ -34,11 +35,12 @@ class Plan:
 
     blocks: npt.NDArray[np.int32]
     """The block that holds each page on the GPU, -1 where it must be loaded."""
+    tiers: npt.NDArray[np.int32]
     slots: npt.NDArray[np.int32]
-    """The RAM slot to load it from, where ``blocks`` is -1."""
+    """The tier and the slot to load it from, where ``blocks`` is -1."""
     nodes: npt.NDArray[np.int32]
-    tail: int = -1
-    """RAM slot of the partial page after the full ones, -1 for none."""
+    tail: Place | None = None
+    """Where the partial page after the full ones is."""
     computed: int = 0
     total: int = 0
     """Blocks it will have."""
@@ -107,7 +109,7 @@ class Admission:
         if first is not None:
             out.append(first)
             return
-        tails: dict[tuple[int, int], int] = {}
+        tails: dict[tuple[Place, int], int] = {}
         for state in members:
             # Looked up again, as it may now share what a sibling has begun to load.
             plan = self._plan_resume(state)
@@ -127,18 +129,24 @@ class Admission:
         nodes = pool.index.find_all(chain, limit)
         known = nodes >= 0
         blocks = np.where(known, pool.index.wheres[Tier.GPU][nodes], -1)
-        slots = np.where(known, pool.index.wheres[Tier.RAM][nodes], -1)
         if not self._config.keep_cached_on_gpu:
             # There a block is shared through a sequence that holds it, and only through one.
             states = pool.blocks.states[blocks]
             held = pool.blocks.refcounts[blocks] > 0
             blocks[~(held & ((states == ACTIVE) | (states == LOADING)))] = -1
-        slot_states = np.where(slots >= 0, pool.ram.states[slots], SlotState.FREE)
-        hit = (blocks >= 0) | (slot_states == SlotState.READY)
+        tiers, slots = np.zeros_like(blocks), np.full_like(blocks, -1)
+        filling = np.zeros(limit, dtype=np.bool_)
+        for tier in reversed(pool.lower.values()):  # the fastest has the last word
+            there = np.where(known, pool.index.wheres[tier.tier][nodes], -1)
+            states = np.where(there >= 0, tier.states[there], SlotState.FREE)
+            ready = states == SlotState.READY
+            tiers[ready], slots[ready] = tier.tier, there[ready]
+            filling |= states == SlotState.FILLING
+        hit = (blocks >= 0) | (slots >= 0)
         hits = int(np.argmin(hit)) if not hit.all() else limit
-        plan = Plan(blocks[:hits], slots[:hits], nodes[:hits])
+        plan = Plan(blocks[:hits], tiers[:hits], slots[:hits], nodes[:hits])
         if hits < limit:
-            if slot_states[hits] == SlotState.FILLING:
+            if filling[hits]:
                 plan.reason = DeferReason.TRANSFER
             elif self._promised(chain, hits, owner):
                 plan.reason = DeferReason.PREFIX_IN_FLIGHT
@@ -168,11 +176,11 @@ class Admission:
         plan.total = min(total, self._config.gpu_blocks)
         plan.computed = hits * size
         if hits == full and full < len(state.held):
-            slot = state.held[full]
-            if self._pool.ram.ready(slot):
-                plan.tail = slot
+            place = state.held[full]
+            if place.tier.ready(place.slot):
+                plan.tail = place
                 plan.computed = computed
-            elif self._pool.ram.state[slot] == SlotState.FILLING:
+            elif place.tier.state[place.slot] == SlotState.FILLING:
                 plan.reason = DeferReason.TRANSFER
         return plan
 
@@ -254,7 +262,7 @@ class Admission:
         self,
         state: SequenceState,
         plan: Plan,
-        tails: dict[tuple[int, int], int],
+        tails: dict[tuple[Place, int], int],
         out: list[Instruction],
     ) -> None:
         """Carry out a plan that has been found to fit.
@@ -262,7 +270,7 @@ class Admission:
         Args:
             state: The sequence, without blocks.
             plan: What is resident of it.
-            tails: By slot and tokens: partial pages that siblings began to load in this event.
+            tails: By place and tokens: partial pages that siblings began to load in this event.
             out: Instructions are appended here.
         """
         seqs, pool, size = self._seqs, self._pool, self._config.block_tokens
@@ -270,8 +278,8 @@ class Admission:
         table = np.full(plan.total, -1, dtype=np.int32)
         table[:hits] = plan.blocks
         pool.share(plan.blocks[plan.blocks >= 0], state.space)
-        tail = (plan.tail, plan.computed - hits * size)
-        shared_tail = tails.get(tail, -1) if plan.tail >= 0 else -1
+        partial = plan.computed - hits * size
+        shared_tail = tails.get((plan.tail, partial), -1) if plan.tail is not None else -1
         if shared_tail >= 0:
             table[hits] = shared_tail
             pool.share(table[hits : hits + 1], state.space)
@@ -279,19 +287,21 @@ class Admission:
         loads = np.flatnonzero(own[:hits])
         table[own] = pool.take(int(own.sum()), state.space)
         state.extend_table(table.tolist())
-        pages = [Page(i, int(table[i]), int(plan.slots[i]), size) for i in loads.tolist()]
-        if plan.tail >= 0 and shared_tail < 0:
-            tails[tail] = int(table[hits])
-            pages.append(Page(hits, int(table[hits]), *tail))
-        for page in pages[: len(loads)]:
-            node = int(plan.nodes[page.index])
+        pages: dict[Tier, list[Page]] = defaultdict(list)
+        for index in loads.tolist():
+            page = Page(index, int(table[index]), int(plan.slots[index]), size)
+            pages[Tier(int(plan.tiers[index]))].append(page)
+            node = int(plan.nodes[index])
             if pool.index.where[Tier.GPU][node] < 0:
                 pool.index.place(node, Tier.GPU, page.block)
                 pool.blocks.node[page.block] = node
+        if plan.tail is not None and shared_tail < 0:
+            block = int(table[hits])
+            tails[plan.tail, partial] = block
+            pages[plan.tail.tier.tier].append(Page(hits, block, plan.tail.slot, partial))
 
         seqs.ids_used += state.ids
         seqs.computed[state.slot] = seqs.length[state.slot] = plan.computed
-        partial = plan.computed % size
         seqs.tails[state.slot, :partial] = state.known[plan.computed - partial : plan.computed]
         seqs.swapped.pop(state.id, None)
         if plan.computed < state.known_tokens:
@@ -302,19 +312,18 @@ class Admission:
         borrowed = np.flatnonzero(~own)
         borrowed = borrowed[borrowed < hits + (shared_tail >= 0)]
         self._attach(state, borrowed, table, plan.computed, out)
-        if pages:
-            self._transfers.begin_load(state, pages, out)
+        for tier, loaded in pages.items():
+            self._transfers.begin_load(state, tier, loaded, out)
         # Pinned by the load now, or found on the GPU: the pages below are merely cached from here.
-        for slot in reversed(state.held):
-            pool.ram.unhold(slot)
+        for place in reversed(state.held):
+            place.tier.unhold(place.slot)
         state.held = []
-        pool.ram.shrink_cache()
+        pool.shrink_caches()
         state.status = Status.LOADING if state.loads else Status.RUNNING
         if not state.loads:
             seqs.runnable[state.id] = state.slot
-        seqs.tell(
-            state, f"admitted, computed {plan.computed} of {state.known_tokens}, {len(pages)} loads"
-        )
+        what = f"{plan.computed} of {state.known_tokens}"
+        seqs.tell(state, f"admitted, computed {what}, waits for {len(state.loads)} transfers")
         out.append(Admitted(state.id, plan.computed, bool(state.loads)))
 
     def _attach(

@@ -13,7 +13,7 @@ from kvpager.prefix import DIGEST
 from kvpager.sequences import SequenceState, SequenceTable, Status
 from kvpager.tiers import LowerTier, SlotState
 from kvpager.transfers import Transfers
-from kvpager.types import Store, Tier
+from kvpager.types import Spill, Store, Tier
 
 
 def check(pool: Pool, seqs: SequenceTable, transfers: Transfers) -> None:
@@ -166,6 +166,7 @@ class _Check:
         pins = Counter(
             page.block
             for transfer in self.transfers.live.values()
+            if not isinstance(transfer.instruction, Spill)
             for page in transfer.instruction.pages
         )
         blocks = self.pool.blocks
@@ -240,19 +241,27 @@ class _Check:
     # ----------------------------------------------------------------------------- below, index
 
     def slots(self, tier: LowerTier) -> None:
-        live = self.transfers.live.values()
-        mine = [item for item in live if item.instruction.tier is tier.tier]
-        pins = Counter(page.slot for item in mine for page in item.instruction.pages)
-        pins.update(slot for item in mine for slot in item.touched)
-        filling = {
-            page.slot
-            for item in mine
-            if isinstance(item.instruction, Store)
-            for page in item.instruction.pages
-        }
-        holds: Counter[int] = Counter()
-        if tier.tier is Tier.RAM:
-            holds.update(slot for state in self.seqs.swapped.values() for slot in state.held)
+        pins: Counter[int] = Counter()
+        filling: set[int] = set()
+        for item in self.transfers.live.values():
+            pins.update(place.slot for place in item.touched if place.tier is tier)
+            what = item.instruction
+            if isinstance(what, Spill):
+                if what.source is tier.tier:
+                    pins.update(move.source for move in what.pages)
+                if what.target is tier.tier:
+                    pins.update(move.target for move in what.pages)
+                    filling.update(move.target for move in what.pages)
+            elif what.tier is tier.tier:
+                pins.update(page.slot for page in what.pages)
+                if isinstance(what, Store):
+                    filling.update(page.slot for page in what.pages)
+        holds = Counter(
+            place.slot
+            for state in self.seqs.swapped.values()
+            for place in state.held
+            if place.tier is tier
+        )
         free, cached = set(tier.free), list(tier.cached)
         self.require(len(free) == len(tier.free), "a slot is free twice")
         self.require(len(cached) == tier.cached.count == len(set(cached)), "order of cached slots")

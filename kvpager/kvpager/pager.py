@@ -13,6 +13,7 @@ from kvpager.cost import CostModel
 from kvpager.endings import Endings
 from kvpager.errors import ImpossibleEventError
 from kvpager.invariants import check
+from kvpager.keeping import Keeping
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
 from kvpager.sequences import SequenceState, SequenceTable, Status
@@ -26,7 +27,6 @@ from kvpager.types import (
     Fork,
     Free,
     Instruction,
-    Page,
     PagerConfig,
     PagerStats,
     PoolSplit,
@@ -44,9 +44,6 @@ from kvpager.types import (
     TransferFailed,
     Truncate,
 )
-
-_WRITE_BACK_SHARE = 16
-_WRITE_BACK_MOST = 32
 
 
 class Pager:
@@ -73,7 +70,8 @@ class Pager:
         self._transfers = Transfers(self._pool, self._seqs)
         self._admission = Admission(self._pool, self._seqs, self._transfers)
         self._steps = Steps(self._pool, self._seqs)
-        self._endings = Endings(self._pool, self._seqs, self._transfers, self._cost)
+        self._keeping = Keeping(self._pool, self._seqs, self._transfers, self._cost)
+        self._endings = Endings(self._pool, self._seqs, self._keeping)
 
     # -------------------------------------------------------------------------------- events
 
@@ -101,9 +99,11 @@ class Pager:
             self._transfers.check(event.transfer)
             if isinstance(event, TransferDone):
                 self._transfers.done(event.transfer, out)
+                self._afterwards(out)
             else:
+                # Nothing is copied in background in answer to a failure: it might fail for ever.
                 self._transfers.failed(event.transfer, out)
-            self._afterwards(out)
+                self._endings.carry_out_idle(out)
         elif isinstance(event, Admit):
             self._check_admit(event)
             self._admission.admit(event, out)
@@ -164,30 +164,8 @@ class Pager:
 
     def _afterwards(self, out: list[Instruction]) -> None:
         """What had to wait for a step or a transfer."""
-        if self._seqs.pending:
-            self._endings.carry_out_idle(out)
-        if self._pool.ram.total and self.config.keep_cached_on_gpu:
-            self._write_back(out)
-
-    def _write_back(self, out: list[Instruction]) -> None:
-        """Keep the pages that are evicted next in RAM too, so that evicting them loses nothing."""
-        pool = self._pool
-        # Not deeper than RAM may cache, or the copies would push one another out for ever.
-        depth = min(-(-pool.blocks.limit // _WRITE_BACK_SHARE), pool.ram.cache_limit)
-        if not pool.blocks.cached.count or len(pool.blocks.free) >= depth:
-            return
-        if any(transfer.instruction.seq < 0 for transfer in self._transfers.live.values()):
-            return
-        pages: list[Page] = []
-        for block in pool.dirty_pages(depth, _WRITE_BACK_MOST):
-            slot = pool.ram.take(swap=False)
-            if slot < 0:
-                break
-            pool.ram.name(slot, pool.blocks.node[block])
-            pool.begin_write_back(block)
-            pages.append(Page(0, block, slot, self.config.block_tokens))
-        if pages:
-            self._transfers.begin_store(-1, pages, (), out)
+        self._endings.carry_out_idle(out)
+        self._keeping.write_back(out)
 
     def observe(
         self,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvpager.blocks import ACTIVE, CACHED, DYING, FREE, LOADING, STORING, BlockArrays
 from kvpager.prefix import PageIndex
 from kvpager.quotas import Namespace
-from kvpager.tiers import LowerTier
+from kvpager.tiers import Evict, LowerTier, Place
 from kvpager.types import PagerConfig, Tier
 
 _CLEAN_LOOKAHEAD = 16
@@ -26,6 +26,8 @@ class Pool:
         self.index = PageIndex(config.gpu_blocks + config.ram_blocks + config.disk_blocks)
         self.ram = LowerTier(Tier.RAM, config.ram_blocks, config.ram_swap_reserve, self.index)
         self.disk = LowerTier(Tier.DISK, config.disk_blocks, 0.0, self.index)
+        self.lower = {Tier.RAM: self.ram, Tier.DISK: self.disk}
+        """The lower tiers, fastest first."""
         self.retired_epoch = -1
         self.loading: dict[int, int] = {}
         """Blocks being loaded, each with its transfer."""
@@ -191,25 +193,51 @@ class Pool:
             self.forget(block)
             self._free(block)
 
-    def clean(self, block: int) -> bool:
-        """Whether the block's page is in RAM too."""
-        slot = self.index.where[Tier.RAM][self.blocks.node[block]]
-        return slot >= 0 and self.ram.ready(slot)
+    def below(self, node: int) -> Place | None:
+        """Where a page is resident below the first tier, in the fastest tier that has it."""
+        if node >= 0:
+            for tier in self.lower.values():
+                slot = self.index.where[tier.tier][node]
+                if slot >= 0:
+                    return Place(tier, slot)
+        return None
 
-    def dirty_pages(self, depth: int, count: int) -> list[int]:
-        """Up to ``count`` blocks without a copy in RAM, of the ``depth`` that are evicted next."""
-        found: list[int] = []
-        in_ram = self.index.where[Tier.RAM]
-        for block in self.blocks.cached:
-            depth -= 1
-            if depth < 0 or len(found) == count:
-                break
-            if in_ram[self.blocks.node[block]] < 0:
-                found.append(block)
-        return found
+    def take_below(self, *, swap: bool, background: bool = False) -> Place | None:
+        """A slot to fill, in the fastest tier with room; None if there is none.
+
+        A page is evicted for it only if every tier is full, or it is in another tier too; in
+        background, only if no higher tier has it.
+        """
+        for evict in (Evict.OLD,) if background else (Evict.COPIES, Evict.ANY):
+            for tier in self.lower.values():
+                slot = tier.take(swap=swap, evict=evict)
+                if slot >= 0:
+                    return Place(tier, slot)
+        return None
+
+    def shrink_caches(self) -> None:
+        """Evict what exceeds a tier's share for caching."""
+        for tier in self.lower.values():
+            tier.shrink_cache()
+
+    def clean(self, block: int) -> bool:
+        """Whether the block's page can be loaded from below too."""
+        node = self.blocks.node[block]
+        return any(
+            (slot := self.index.where[tier.tier][node]) >= 0 and tier.ready(slot)
+            for tier in self.lower.values()
+        )
+
+    def dirty_blocks(self, depth: int, count: int) -> list[int]:
+        """Up to ``count`` blocks without a copy below, of the ``depth`` that are evicted next."""
+        node = self.blocks.node
+        dirty = (
+            block for block in islice(self.blocks.cached, depth) if self.below(node[block]) is None
+        )
+        return list(islice(dirty, count))
 
     def begin_write_back(self, block: int) -> None:
-        """A cached page is being copied to RAM: its block is not to be had until that has ended."""
+        """A cached page is being copied down: its block is not to be had until that has ended."""
         self.blocks.cached.remove(block)
         self.blocks.state[block] = STORING
 
@@ -222,7 +250,7 @@ class Pool:
             arrays.free.append(block)
 
     def _evict_one(self) -> int:
-        """A cached block, rid of its page: oldest leaf first, pages also in RAM before others."""
+        """A cached block, rid of its page: oldest leaf first, pages also below before others."""
         cached = self.blocks.cached
         children, node = self.index.children[Tier.GPU], self.blocks.node
         for _ in range(cached.count):
@@ -233,7 +261,7 @@ class Pool:
             cached.remove(block)
             cached.push_newest(block)
         victim = cached.oldest()
-        if self.ram.total and not self.clean(victim):
+        if (self.ram.total or self.disk.total) and not self.clean(victim):
             for block in islice(cached, _CLEAN_LOOKAHEAD):
                 if not children[node[block]] and self.clean(block):
                     victim = block

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kvpager.errors import ImpossibleEventError
 from kvpager.prefix import DIGEST
 from kvpager.quotas import Namespace, Quotas
+from kvpager.tiers import Place
 from kvpager.types import Attach, Free, Preempt, PriorityClass, Tokens
 
 _STORY_LENGTH = 32
@@ -84,8 +85,8 @@ class SequenceState:
         self.known: Tokens = np.empty(0, dtype=np.int32)
         self.known_tokens = 0
         """Entries of ``known`` in use: an admitted prompt, and all full blocks computed since."""
-        self.held: list[int] = []
-        """While swapped: the RAM slot of each of its pages, in order."""
+        self.held: list[Place] = []
+        """While swapped: where each of its pages is, in order."""
         self.trim_epoch = -1
         """A truncation the backend hears of when this epoch has retired, -1 for none."""
         self.story: deque[tuple[int, str]] = deque(maxlen=_STORY_LENGTH)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from enum import IntEnum
+from enum import Enum, IntEnum, auto
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,28 @@ class SlotState(IntEnum):
     """Its content is not to be trusted, but a transfer still names it."""
 
 
+_LOWER = (Tier.RAM, Tier.DISK)
 _FREE = int(SlotState.FREE)
 _FILLING = int(SlotState.FILLING)
 _READY = int(SlotState.READY)
 _DOOMED = int(SlotState.DOOMED)
+
+
+class Evict(Enum):
+    """What may be evicted to make room in a lower tier."""
+
+    COPIES = auto()
+    """Pages that another lower tier has too."""
+    OLD = auto()
+    """Pages that no higher tier has; a higher tier would copy those down again, for ever."""
+    ANY = auto()
+
+
+class Place(NamedTuple):
+    """A slot of a lower tier."""
+
+    tier: LowerTier
+    slot: int
 
 
 class LowerTier:
@@ -75,16 +94,21 @@ class LowerTier:
         """Slots that swapping could take at once."""
         return len(self.free) + self.cached.count
 
-    def take(self, *, swap: bool) -> int:
+    def take(self, *, swap: bool, evict: Evict) -> int:
         """A slot to fill, pinned once for the store that fills it; -1 if there is no room.
 
-        For caching, room is what the swap reserve leaves.
+        Args:
+            swap: Take the swap reserve too.
+            evict: What may be evicted for it.
         """
         unheld = self.total - len(self.free) - self.held
         if not (self.free and (swap or unheld < self.cache_limit)):
             if not self.cached.count or (not swap and not self.cache_limit):
                 return -1
-            self._evict_one()
+            victim = self._next_victim()
+            if not self._may(evict, self.node[victim]):
+                return -1
+            self._evict(victim)
         slot = self.free.pop()
         self.state[slot] = _FILLING
         self.pins[slot] = 1
@@ -114,10 +138,10 @@ class LowerTier:
         self._leave_cache(slot)
         self.pins[slot] += 1
 
-    def unpin(self, slot: int) -> None:
-        """One transfer less names the slot."""
+    def unpin(self, slot: int, *, oldest: bool = False) -> None:
+        """One transfer less names the slot; with ``oldest`` it is reclaimed before others."""
         self.pins[slot] -= 1
-        self._settle(slot)
+        self._settle(slot, oldest=oldest)
 
     def filled(self, slot: int) -> None:
         """The store into the slot has ended well."""
@@ -143,14 +167,17 @@ class LowerTier:
     def shrink_cache(self) -> None:
         """Evict what exceeds the cache's share, once swapped pages have become cached ones."""
         while self.cached.count and self.total - len(self.free) - self.held > self.cache_limit:
-            self._evict_one()
+            self._evict(self._next_victim())
 
-    def _settle(self, slot: int) -> None:
+    def _settle(self, slot: int, *, oldest: bool = False) -> None:
         """Where a slot goes that may have lost its last user."""
         if self.holds[slot] or self.pins[slot]:
             return
         if self.state[slot] == _READY and self.node[slot] >= 0:
-            self.cached.push_newest(slot)
+            if oldest:
+                self.cached.push_oldest(slot)
+            else:
+                self.cached.push_newest(slot)
             return
         self.state[slot] = _FREE
         self.free.append(slot)
@@ -159,8 +186,16 @@ class LowerTier:
         if slot in self.cached:
             self.cached.remove(slot)
 
-    def _evict_one(self) -> None:
-        """Free the least recently used cached page that no other page here continues."""
+    def _may(self, evict: Evict, node: int) -> bool:
+        where = self._index.where
+        if evict is Evict.COPIES:
+            return any(where[tier][node] >= 0 for tier in _LOWER if tier != self.tier)
+        if evict is Evict.OLD:
+            return all(where[tier][node] < 0 for tier in Tier if tier < self.tier)
+        return True
+
+    def _next_victim(self) -> int:
+        """The least recently used cached page that no other page here continues."""
         children = self._index.children[self.tier]
         slot = self.cached.oldest()
         for _ in range(self.cached.count):
@@ -170,7 +205,7 @@ class LowerTier:
             self.cached.remove(slot)
             self.cached.push_newest(slot)
             slot = self.cached.oldest()
-        self._evict(slot)
+        return slot
 
     def _evict(self, slot: int) -> None:
         self.cached.remove(slot)

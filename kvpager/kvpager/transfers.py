@@ -9,16 +9,28 @@ from kvpager.blocks import ACTIVE, LOADING
 from kvpager.errors import ImpossibleEventError
 from kvpager.pool import Pool
 from kvpager.sequences import SequenceState, SequenceTable, Status
-from kvpager.types import Attach, Instruction, Load, Page, Runnable, Store, Tier, Trim
+from kvpager.tiers import Place
+from kvpager.types import (
+    Attach,
+    Instruction,
+    Load,
+    Move,
+    Page,
+    Runnable,
+    Spill,
+    Store,
+    Tier,
+    Trim,
+)
 
 
 @dataclass(slots=True)
 class Transfer:
     """A transfer in flight."""
 
-    instruction: Store | Load
-    touched: tuple[int, ...] = ()
-    """Store: slots of the same prefix that were there already, pinned so that they age with it."""
+    instruction: Store | Load | Spill
+    touched: tuple[Place, ...] = ()
+    """Store: pages of the same prefix that were there already, pinned so that they age with it."""
     waiters: dict[int, SequenceState] = field(default_factory=dict)
     """Load: sequences that cannot run before it has ended."""
 
@@ -30,6 +42,9 @@ class Transfers:
         self._pool = pool
         self._seqs = seqs
         self.live: dict[int, Transfer] = {}
+        self.writing_back = 0
+        """Stores in flight that no sequence asked for."""
+        self.spilling = 0
         self.stored_pages = 0
         self.loaded_pages = 0
         self._next = 0
@@ -37,25 +52,38 @@ class Transfers:
     # --------------------------------------------------------------------------- beginning
 
     def begin_store(
-        self, seq: int, pages: Sequence[Page], touched: Sequence[int], out: list[Instruction]
+        self,
+        seq: int,
+        tier: Tier,
+        pages: Sequence[Page],
+        touched: Sequence[Place],
+        out: list[Instruction],
     ) -> None:
-        """Store ``pages``, whose slots the caller has taken from RAM and named."""
-        store = Store(self._number(), seq, Tier.RAM, tuple(pages))
+        """Store ``pages``, whose slots of ``tier`` the caller has taken and named."""
+        store = Store(self._number(), seq, tier, tuple(pages))
         for page in pages:
             self._pool.pin(page.block)
         self.live[store.transfer] = Transfer(store, tuple(touched))
+        self.writing_back += seq < 0
         out.append(store)
 
+    def begin_spill(self, moves: Sequence[Move], out: list[Instruction]) -> None:
+        """Copy pages from RAM to disk; the caller has pinned the one and named the other slots."""
+        spill = Spill(self._number(), Tier.RAM, Tier.DISK, tuple(moves))
+        self.live[spill.transfer] = Transfer(spill)
+        self.spilling += 1
+        out.append(spill)
+
     def begin_load(
-        self, state: SequenceState, pages: Sequence[Page], out: list[Instruction]
+        self, state: SequenceState, tier: Tier, pages: Sequence[Page], out: list[Instruction]
     ) -> None:
         """Load ``pages`` into blocks of ``state``, which the caller has taken and registered."""
-        load = Load(self._number(), state.id, Tier.RAM, tuple(pages))
+        load = Load(self._number(), state.id, tier, tuple(pages))
         for page in pages:
             self._pool.pin(page.block)
             self._pool.blocks.state[page.block] = LOADING
             self._pool.loading[page.block] = load.transfer
-            self._pool.ram.pin(page.slot)
+            self._pool.lower[tier].pin(page.slot)
         self.live[load.transfer] = Transfer(load)
         self.wait(state, load.transfer, None)
         out.append(load)
@@ -81,43 +109,63 @@ class Transfers:
     def done(self, transfer: int, out: list[Instruction]) -> None:
         """A transfer has ended well."""
         record = self.live.pop(transfer)
-        if isinstance(record.instruction, Store):
-            self._store_done(record, record.instruction)
+        instruction = record.instruction
+        if isinstance(instruction, Store):
+            self._store_done(record, instruction)
+        elif isinstance(instruction, Load):
+            self._load_done(record, instruction, out)
         else:
-            self._load_done(record, record.instruction, out)
+            self._spill_ended(instruction, ok=True)
 
     def failed(self, transfer: int, out: list[Instruction]) -> None:
         """A transfer has not happened: what it names in the lower tier is dropped."""
         record = self.live.pop(transfer)
-        ram = self._pool.ram
-        for page in record.instruction.pages:
-            self._cut_swapped(page.slot)
-            ram.spoil(page.slot)
-        if isinstance(record.instruction, Store):
-            for slot in record.touched:
-                ram.unpin(slot)
-            self._let_go(record.instruction, failed=True)
+        instruction = record.instruction
+        if isinstance(instruction, Spill):
+            self._spill_ended(instruction, ok=False)
+            return
+        tier = self._pool.lower[instruction.tier]
+        for page in instruction.pages:
+            self._cut_swapped(Place(tier, page.slot))
+            tier.spoil(page.slot)
+        if isinstance(instruction, Store):
+            for place in record.touched:
+                place.tier.unpin(place.slot)
+            self._let_go(instruction, failed=True)
         else:
-            self._load_failed(record, record.instruction, out)
+            self._load_failed(record, instruction, out)
 
     def _store_done(self, record: Transfer, store: Store) -> None:
-        ram = self._pool.ram
+        tier = self._pool.lower[store.tier]
+        filled = [Place(tier, page.slot) for page in store.pages]
         # Last page first, so that a prefix is reclaimed from its end.
-        slots = [page.slot for page in store.pages]
-        ordered = list(record.touched) + slots if store.seq >= 0 else slots[::-1]
-        filled = set(slots)
-        for slot in reversed(ordered):
-            if slot in filled:
-                ram.filled(slot)
-            else:
-                ram.unpin(slot)
-        ram.shrink_cache()
-        self.stored_pages += len(slots)
+        for place in filled if store.seq < 0 else reversed(filled):
+            tier.filled(place.slot)
+        for place in reversed(record.touched):
+            place.tier.unpin(place.slot)
+        self._pool.shrink_caches()
+        self.stored_pages += len(filled)
         self._let_go(store, failed=False)
+
+    def _spill_ended(self, spill: Spill, *, ok: bool) -> None:
+        """The copies on disk are good, or were never made; those in RAM are what they were."""
+        self.spilling -= 1
+        ram, disk = self._pool.lower[spill.source], self._pool.lower[spill.target]
+        for move in spill.pages:
+            if ok:
+                disk.filled(move.target)
+            else:
+                self._cut_swapped(Place(disk, move.target))
+                disk.spoil(move.target)
+        for move in reversed(spill.pages):
+            # Next to be reclaimed, as before; after a failure not, or it would be tried for ever.
+            ram.unpin(move.source, oldest=ok)
+        self._pool.shrink_caches()
 
     def _let_go(self, store: Store, *, failed: bool) -> None:
         """The blocks of an ended store; those of a write-back return to the end they came from."""
         # After a failure they go to the other end, or the same store would be tried for ever.
+        self.writing_back -= store.seq < 0
         oldest = store.seq < 0 and not failed
         for page in reversed(store.pages):
             self._pool.unpin(page.block, oldest=oldest)
@@ -126,12 +174,22 @@ class Transfers:
         pool = self._pool
         for page in reversed(load.pages):
             self._landed(page)
-            pool.ram.unpin(page.slot)
-        pool.ram.shrink_cache()
+            pool.lower[load.tier].unpin(page.slot)
+        pool.shrink_caches()
         self.loaded_pages += len(load.pages)
         for state in record.waiters.values():
             out.extend(state.loads.pop(load.transfer))
+        self._trim_overrun(record, load, out)
         self._wake(record, out)
+
+    def _trim_overrun(self, record: Transfer, load: Load, out: list[Instruction]) -> None:
+        """Another load of the loader failed meanwhile, in front of what has arrived now."""
+        state = record.waiters.get(load.seq)
+        assert state is not None
+        computed = int(self._seqs.computed[state.slot])
+        last = load.pages[-1]
+        if last.index * self._seqs.block_tokens + last.tokens > computed:
+            out.append(Trim(state.id, computed))
 
     def _landed(self, page: Page) -> None:
         """A block is no longer being loaded."""
@@ -198,16 +256,15 @@ class Transfers:
         state.extend_table(self._pool.take(wanted, state.space))
         self._seqs.place_cursor(state)
 
-    def _cut_swapped(self, slot: int) -> None:
-        """Swapped sequences that need ``slot`` resume with what lies in front of it."""
-        ram = self._pool.ram
+    def _cut_swapped(self, lost: Place) -> None:
+        """Swapped sequences that need a page resume with what lies in front of it."""
         for state in self._seqs.swapped.values():
-            if slot in state.held:
-                at = state.held.index(slot)
-                for held in reversed(state.held[at:]):
-                    ram.unhold(held)
+            if lost in state.held:
+                at = state.held.index(lost)
+                for place in reversed(state.held[at:]):
+                    place.tier.unhold(place.slot)
                 del state.held[at:]
-                ram.shrink_cache()
+                self._pool.shrink_caches()
                 self._seqs.tell(state, f"page {at} was lost in a transfer")
 
     def _number(self) -> int:

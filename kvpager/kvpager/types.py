@@ -201,14 +201,17 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class TransferDone:
-    """The `Store` or `Load` with this id has finished."""
+    """The `Store`, `Load` or `Spill` with this id has finished."""
 
     transfer: int
 
 
 @dataclass(frozen=True, slots=True)
 class TransferFailed:
-    """The `Store` or `Load` with this id did not happen; nothing it names may be trusted."""
+    """The `Store`, `Load` or `Spill` with this id did not happen.
+
+    Nothing may be trusted that it was to write, nor what a `Load` was to read.
+    """
 
     transfer: int
 
@@ -396,6 +399,30 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """One page of a transfer between two lower tiers."""
+
+    source: int
+    """Slot of the tier it is copied from."""
+    target: int
+    """Slot of the tier it is copied to."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Copy pages from one lower tier to the next; reported like a `Store`.
+
+    Asked for only where there is a disk tier. The copies in ``source`` stay valid.
+    """
+
+    transfer: int
+    source: Tier
+    target: Tier
+    pages: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Trim:
     """The backend forgets what it holds of ``seq`` from position ``length`` on."""
 
@@ -429,6 +456,7 @@ Instruction: TypeAlias = (
     | CopyBlock
     | Store
     | Load
+    | Spill
     | Trim
     | Release
     | Preempted

@@ -33,6 +33,7 @@ from kvpager import (
     ImpossibleEventError,
     Instruction,
     Load,
+    Move,
     Pager,
     PagerConfig,
     Preempt,
@@ -46,10 +47,12 @@ from kvpager import (
     Resume,
     Runnable,
     SetQuota,
+    Spill,
     StepFailed,
     StepLaunched,
     StepRetired,
     Store,
+    Tier,
     TransferDone,
     TransferFailed,
     Trim,
@@ -158,13 +161,16 @@ class World:
         self.validate_every = validate_every
         self.models: dict[int, Model] = {}
         self.memory = [[RUBBISH] * self.size for _ in range(self.config.gpu_blocks)]
-        self.ram = [[RUBBISH] * self.size for _ in range(self.config.ram_blocks)]
+        self.below = {
+            Tier.RAM: [[RUBBISH] * self.size for _ in range(self.config.ram_blocks)],
+            Tier.DISK: [[RUBBISH] * self.size for _ in range(self.config.disk_blocks)],
+        }
         self.cells: dict[int, dict[int, int]] = {}
-        self.stored_cells: dict[int, list[int]] = {}
+        self.stored_cells: dict[tuple[Tier, int], list[int]] = {}
         self.queue: list[CopyBlock | StepSim] = []
         self.executed = 0
         self.steps: list[StepSim] = []
-        self.transfers: dict[int, Store | Load] = {}
+        self.transfers: dict[int, Store | Load | Spill] = {}
         self.issued_at: dict[int, int] = {}
         self.early: set[int] = set()
         self.short: set[int] = set()
@@ -181,6 +187,7 @@ class World:
         return PagerConfig(
             gpu_blocks=rng.randint(3, 20),
             ram_blocks=rng.choice((0, 2, 6, 12, 30)),
+            disk_blocks=rng.choice((0, 0, 4, 16)),
             block_tokens=rng.choice((1, 2, 4, 4)),
             max_sequences=rng.choice((0, 0, 3, 6)),
             keep_cached_on_gpu=rng.random() < 0.6,
@@ -382,16 +389,23 @@ class World:
                 self.move(what)
             self.send(TransferDone(transfer))
             return
-        for page in what.pages:
-            rubbish = [RUBBISH] * self.size
-            if isinstance(what, Load):
-                self.memory[page.block] = rubbish
-            else:
-                self.ram[page.slot] = rubbish
-                self.stored_cells.pop(page.slot, None)
+        self.leave_rubbish(what)
         for model in self.models.values():
             model.kept = False
         self.send(TransferFailed(transfer))
+
+    def leave_rubbish(self, what: Store | Load | Spill) -> None:
+        """Where a failed transfer was to write."""
+        rubbish = [RUBBISH] * self.size
+        if isinstance(what, Load):
+            for page in what.pages:
+                self.memory[page.block] = rubbish[:]
+            return
+        tier = what.target if isinstance(what, Spill) else what.tier
+        for item in what.pages:
+            slot = item.target if isinstance(item, Move) else item.slot
+            self.below[tier][slot] = rubbish[:]
+            self.stored_cells.pop((tier, slot), None)
 
     def fork(self) -> None:
         model = self.pick("running")
@@ -526,7 +540,8 @@ class World:
         self.pager.validate()
         stats = self.pager.stats()
         check(stats.gpu.used == 0, f"blocks still used: {stats.gpu}")
-        check(stats.ram.used == 0, f"slots still used: {stats.ram}")
+        used = stats.ram.used + stats.disk.used
+        check(used == 0, f"slots still used: {stats.ram}, {stats.disk}")
         check(not self.llama or not self.cells, f"the backend still has {list(self.cells)}")
 
     def settle(self) -> None:
@@ -583,7 +598,7 @@ class World:
             model.blocks[instruction.index] = instruction.dst
             named = {block for step in self.steps for run in step.runs for block in run.table}
             check(instruction.dst not in named, f"{instruction}: a step may touch its target")
-        elif isinstance(instruction, (Store, Load)):
+        elif isinstance(instruction, (Store, Load, Spill)):
             self.begin(instruction)
         elif isinstance(instruction, Attach):
             blocks = self.models[instruction.seq].blocks
@@ -597,8 +612,8 @@ class World:
             check(all(item.missing_blocks > 0 for item in instruction.short), "short of nothing")
         elif isinstance(instruction, Trim):
             model = self.models[instruction.seq]
-            if model.status in ("stepping aside", "ending") and not model.in_flight:
-                # A load failed; no `Runnable` says so of a sequence that is not to run any more.
+            if model.status in ("loading", "stepping aside", "ending") and not model.in_flight:
+                # A load failed; `Runnable` says so when the last of them has ended, if at all.
                 model.computed = min(model.computed, instruction.length)
             cells = self.cells.get(instruction.seq, {})
             for position in [position for position in cells if position >= instruction.length]:
@@ -672,7 +687,7 @@ class World:
                         f"step {step.epoch} reads a wrong position {position} of {run.seq}",
                     )
 
-    def begin(self, what: Store | Load) -> None:
+    def begin(self, what: Store | Load | Spill) -> None:
         self.transfers[what.transfer] = what
         # Copies that were asked for before come first; steps in flight need not.
         copies = [i for i, item in enumerate(self.queue) if isinstance(item, CopyBlock)]
@@ -681,26 +696,35 @@ class World:
             named = {block for step in self.steps for run in step.runs for block in run.table}
             for page in what.pages:
                 check(page.block not in named, f"{what}: a step may touch block {page.block}")
-        elif self.llama:
+        elif self.llama and isinstance(what, Store):
             self.store_cells(what)
         if self.rng.random() < 0.5:
             self.early.add(what.transfer)
             self.move(what)
 
-    def move(self, what: Store | Load) -> None:
+    def move(self, what: Store | Load | Spill) -> None:
+        if isinstance(what, Spill):
+            for move in what.pages:
+                self.below[what.target][move.target] = self.below[what.source][move.source][:]
+                if self.llama:
+                    stored = self.stored_cells[what.source, move.source]
+                    self.stored_cells[what.target, move.target] = stored
+            return
+        below = self.below[what.tier]
         for page in what.pages:
+            padding = [RUBBISH] * (self.size - page.tokens)
             if isinstance(what, Store):
-                kept = self.memory[page.block][: page.tokens]
-                self.ram[page.slot] = kept + [RUBBISH] * (self.size - page.tokens)
+                below[page.slot] = self.memory[page.block][: page.tokens] + padding
             else:
-                kept = self.ram[page.slot][: page.tokens]
-                self.memory[page.block] = kept + [RUBBISH] * (self.size - page.tokens)
+                self.memory[page.block] = below[page.slot][: page.tokens] + padding
         if isinstance(what, Load) and self.llama:
             cells = self.cells.setdefault(what.seq, {})
             for page in what.pages:
                 start = page.index * self.size
-                check(page.slot in self.stored_cells, f"{what}: nothing in slot {page.slot}")
-                for offset, content in enumerate(self.stored_cells[page.slot][: page.tokens]):
+                kept = self.stored_cells.get((what.tier, page.slot))
+                check(kept is not None, f"{what}: nothing in slot {page.slot}")
+                assert kept is not None
+                for offset, content in enumerate(kept[: page.tokens]):
                     cells[start + offset] = content
 
     # ------------------------------------------------------------------- cells, as llama.cpp's
@@ -744,7 +768,7 @@ class World:
             start = page.index * self.size
             held = [cells.get(start + offset) for offset in range(page.tokens)]
             check(None not in held, f"{store}: the sequence does not hold page {page.index}")
-            self.stored_cells[page.slot] = [item for item in held if item is not None]
+            self.stored_cells[store.tier, page.slot] = [item for item in held if item is not None]
 
 
 def fingerprint(pager: Pager) -> list[object]:
@@ -759,8 +783,11 @@ def fingerprint(pager: Pager) -> list[object]:
         list(arrays.cached),
         list(arrays.dying),
         *(bytes(item) for item in (*pool.index.where, *pool.index.children, pool.index.parent)),
-        [bytes(item) for item in (pool.ram.state, pool.ram.holds, pool.ram.pins, pool.ram.node)],
-        list(pool.ram.cached),
+        [
+            (bytes(tier.state), bytes(tier.holds), bytes(tier.pins), bytes(tier.node))
+            for tier in pool.lower.values()
+        ],
+        [list(tier.cached) for tier in pool.lower.values()],
         [(s.root, s.members, s.used, s.floor, s.ceiling) for s in seqs.quotas.by_root.values()],
         pool.retired_epoch,
         dict(pool.loading),
