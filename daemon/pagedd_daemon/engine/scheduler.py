@@ -168,7 +168,8 @@ class Scheduler:
         self.cost.observe(decodes, prefill, seconds)
         if prefill:
             self._changed = True
-            self._pool.pager.observe(prefill_tokens_per_s=self.cost.prefill_tokens_per_s)
+            if rate := self.cost.prefill_tokens_per_s:
+                self._pool.pager.observe(prefill_tokens_per_s=rate)
         return [sequence for sequence, _ in launched]
 
     def fail(self, step: Step) -> list[Sequence]:
