@@ -98,12 +98,17 @@ class Bench:
             )
         )
 
-    def step(self) -> m.StepReport | None:
-        report = self.engine.step()
-        if report is None:
-            return None
+    def step(self) -> list[m.StepReport]:
+        reports: list[m.StepReport] = []
+        self.engine.step(reports.append)
+        for report in reports:
+            self._take(report)
+        return reports
+
+    def _take(self, report: m.StepReport) -> None:
         for output in report.outputs:
             ids = np.frombuffer(output.tokens, dtype="<i4").tolist()
+            assert output.index not in self.outcomes[output.rid].reasons, "spoke after its end"
             self.outcomes[output.rid].tokens[output.index] += ids
         for ended in report.ended:
             assert ended.index not in self.outcomes[ended.rid].reasons, "ended twice"
@@ -114,7 +119,6 @@ class Bench:
             self.outcomes[rejected.rid].rejected = rejected
         for rid, cached in report.started:
             self.outcomes[rid].cached = cached
-        return report
 
     def run(self, most_steps: int = 20_000) -> None:
         for _ in range(most_steps):
@@ -126,7 +130,7 @@ class Bench:
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, length)]
 
 
 def test_a_request_runs_to_its_length_and_is_closed_with_its_figures() -> None:
@@ -261,8 +265,7 @@ def test_classes_are_admitted_in_order_of_importance() -> None:
     bench.submit(9, prompt_of(9, 300), klass=0, max_tokens=10)
     order: list[int] = []
     while bench.engine.has_work:
-        report = bench.step()
-        order += [rid for rid, _ in report.started] if report else []
+        order += [rid for report in bench.step() for rid, _ in report.started]
     assert order.index(9) <= 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -93,8 +94,15 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------- step
 
-    def step(self) -> m.StepReport | None:
-        """Run one step if anybody can run. None if there is nothing to say."""
+    def step(self, say: Callable[[m.StepReport], None]) -> bool:
+        """Run one step if anybody can run.
+
+        New tokens are said before the books are brought up to date, so that the front works while
+        the engine does. A step in which something ends says a second report.
+
+        Returns:
+            Whether a step was run.
+        """
         step = self._scheduler.plan(self._clock())
         self._announce()
         if step is not None:
@@ -104,9 +112,10 @@ class Engine:
             except StepFaultError as fault:
                 self._fail(step, str(fault))
             else:
-                self._retire(step, result)
+                self._retire(step, result, say)
             self._scheduler.settle()
-        return self._take_report()
+        self._say(say)
+        return step is not None
 
     def _announce(self) -> None:
         """Report what planning found: who started, who can never fit, who cannot grow."""
@@ -128,39 +137,57 @@ class Engine:
             self._end_sample(sequence.request, sequence.index, "context")
         self._scheduler.stranded.clear()
 
-    def _retire(self, step: Step, result: StepResult) -> None:
-        sequences = self._scheduler.retire(step, result.seconds)
+    def _retire(self, step: Step, result: StepResult, say: Callable[[m.StepReport], None]) -> None:
+        sequences = self._scheduler.launched
         drawn = iter(result.drawn)
         now = self._clock()
+        kept: list[tuple[Sequence, list[Drawn]]] = []
         for run, sequence in zip(step.runs, sequences, strict=True):
             if not run.draws:
                 continue
             tokens = [next(drawn)[1] for _ in run.draws]
-            if sequence.request.first_token_s == 0.0:
-                sequence.request.first_token_s = now
-            sequence.request.last_token_s = now
+            kept.append((sequence, tokens))
+            request = sequence.request
+            if request.first_token_s == 0.0:
+                request.first_token_s = now
+            request.last_token_s = now
+            for offset, one in enumerate(tokens):
+                self._output(request, sequence.index + offset, one)
+        self._say(say)
+        self._scheduler.retire(step, result.seconds)
+        for sequence, tokens in kept:
             if len(tokens) > 1:
-                for child, token in zip(self._scheduler.fork(sequence), tokens[1:], strict=True):
-                    self._accept(child, token)
+                for child, one in zip(self._scheduler.fork(sequence), tokens[1:], strict=True):
+                    self._accept(child, one)
             self._accept(sequence, tokens[0])
+
+    def _ends(self, request: Request, token: int) -> bool:
+        """Whether a drawn token ends its sample and is no part of it."""
+        return token < 0 or token in self._caps.eog_tokens or token in request.stop.stop_token_ids
+
+    def _output(self, request: Request, index: int, drawn: Drawn) -> None:
+        token = drawn.token
+        if self._ends(request, token):
+            return
+        logprobs = None if drawn.logprob is None else [(drawn.logprob, [*drawn.top])]
+        self._report.outputs.append(
+            m.Output(request.rid, index, token.to_bytes(4, "little"), logprobs)
+        )
 
     def _accept(self, sequence: Sequence, drawn: Drawn) -> None:
         """Keep a token that was drawn for a sequence, or end it."""
         request, token = sequence.request, drawn.token
-        if token < 0:
-            self._reject(request, "E_ENGINE", "the model's output is not a number (NaN)", {})
-            return
-        if token in request.stop.stop_token_ids or token in self._caps.eog_tokens:
-            self._end_sample(request, sequence.index, "stop")
+        if request.rid not in self._requests:
+            return  # another sample of it was rejected in this step
+        if self._ends(request, token):
+            if token < 0:
+                why = "the model's output is not a number (NaN)"
+                self._reject(request, "E_ENGINE", why, {})
+            else:
+                self._end_sample(request, sequence.index, "stop")
             return
         sequence.tokens.append(token)
         sequence.sampler.accept(token)
-        logprobs = None
-        if drawn.logprob is not None:
-            logprobs = [(drawn.logprob, [*drawn.top])]
-        self._report.outputs.append(
-            m.Output(request.rid, sequence.index, token.to_bytes(4, "little"), logprobs)
-        )
         if sequence.generated >= request.stop.max_tokens:
             self._end_sample(request, sequence.index, "length")
         elif len(sequence.tokens) >= self._caps.context_tokens:
@@ -243,19 +270,12 @@ class Engine:
     def _forget(self, request: Request) -> None:
         del self._requests[request.rid]
 
-    def _take_report(self) -> m.StepReport | None:
+    def _say(self, say: Callable[[m.StepReport], None]) -> None:
+        """Say what there is to say."""
         report = self._report
-        if not (report.outputs or report.ended or report.rejected or report.started):
-            return None
-        self._report = m.StepReport(0)
-        return m.StepReport(
-            self._steps,
-            report.outputs,
-            report.ended,
-            report.closed,
-            report.rejected,
-            report.started,
-        )
+        if report.outputs or report.ended or report.rejected or report.started:
+            self._report = m.StepReport(0)
+            say(replace(report, steps=self._steps))
 
 
 def _closed(request: Request) -> m.Closed:

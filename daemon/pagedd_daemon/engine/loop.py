@@ -101,15 +101,12 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
                 link.send(engine.snapshot())
             else:
                 engine.handle(message)
-        before = engine.steps
-        report = engine.step()
-        if report is not None:
-            link.send(report)
+        stepped = engine.step(link.send)
         idle = not engine.has_work
         snapshots.push(idle)
         if idle:
             timeout = None
-        elif engine.steps > before:
+        elif stepped:
             timeout = 0.0
         else:
             timeout = _TRANSFER_WAIT_S if engine.transfers_in_flight else _BLOCKED_WAIT_S

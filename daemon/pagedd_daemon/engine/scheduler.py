@@ -156,8 +156,13 @@ class Scheduler:
             self._settle(self._pool.settle())
             self._changed = True
 
-    def retire(self, step: Step, seconds: float) -> list[Sequence]:
-        """The step is done. Returns its sequences in the order of ``step.runs``."""
+    @property
+    def launched(self) -> list[Sequence]:
+        """The sequences of the step in flight, in the order of its runs."""
+        return [sequence for sequence, _ in self._launched]
+
+    def retire(self, step: Step, seconds: float) -> None:
+        """The step is done: its tokens are in the pool."""
         launched, self._launched = self._launched, []
         tokens = tuple(run.tokens for run in step.runs)
         for sequence, count in launched:
@@ -170,13 +175,13 @@ class Scheduler:
             self._changed = True
             if rate := self.cost.prefill_tokens_per_s:
                 self._pool.pager.observe(prefill_tokens_per_s=rate)
-        return [sequence for sequence, _ in launched]
 
     def fail(self, step: Step) -> list[Sequence]:
         """The step was refused: its sequences stand where they stood. Returns them."""
-        launched, self._launched = self._launched, []
+        sequences = self.launched
+        self._launched = []
         self._settle(self._pool.handle(StepFailed(step.epoch)))
-        return [sequence for sequence, _ in launched]
+        return sequences
 
     # ------------------------------------------------------------------------------- parts of plan
 
