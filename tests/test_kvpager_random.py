@@ -49,6 +49,7 @@ def tell(seed: int, *, validate_every: int = 16) -> World:
     return world
 
 
+@pytest.mark.timeout(1200)  # 20 s of CPU, on a machine that may be busy with something else
 def test_thousands_of_random_histories_read_the_right_contents_and_end() -> None:
     base = secrets.randbelow(2**40)
     print(f"histories {base} to {base + HISTORIES - 1}")

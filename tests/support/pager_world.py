@@ -545,7 +545,10 @@ class World:
         check(not self.llama or not self.cells, f"the backend still has {list(self.cells)}")
 
     def settle(self) -> None:
+        rounds = 0
         while self.steps or self.transfers:
+            rounds += 1
+            check(rounds <= 200, "copies in background beget one another for ever")
             while self.steps:
                 self.end_step()
             for transfer in list(self.transfers):
