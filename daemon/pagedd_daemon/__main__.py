@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pagedd._paths import socket_dir
-from pagedd_daemon.front.config import BACKENDS, ConfigError, Settings
+from pagedd_daemon.front.config import BACKENDS, KV_DTYPES, ConfigError, Settings
 from pagedd_daemon.front.server import Exit
 from pagedd_daemon.front.server import main as serve
 
@@ -21,6 +21,8 @@ def main() -> int:
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--socket-dir", type=Path, default=socket_dir())
     parser.add_argument("--log-level")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES)
+    parser.add_argument("--flash-attention", action=argparse.BooleanOptionalAction)
     for name in ("kv-tokens", "ram-bytes", "threads", "context-tokens"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("simulated-step-us", "simulated-token-us"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BACKENDS = ("auto", "llama.cpp", "simulated")
+KV_DTYPES = ("f16", "f32")
 
 
 class ConfigError(Exception):
@@ -53,6 +54,11 @@ class Settings:
     """CPU threads of llama.cpp; 0: the number of physical cores."""
     context_tokens: int = 0
     """The longest sequence to serve, in tokens; 0: what the model was trained with."""
+    kv_dtype: str = "f16"
+    """Type of keys and values: ``f16``, or ``f32`` for twice the memory and no rounding, which lets
+    texts be compared token by token."""
+    flash_attention: bool = True
+    """Whether llama.cpp uses flash attention, its faster kernel; off where texts are compared."""
     keep_alive_s: float = 300.0
     """Seconds a model stays loaded after its last request, unless the request says otherwise;
     ``inf``: for ever; 0: not at all. Five minutes is what users of other desktop servers know."""
@@ -74,6 +80,8 @@ class Settings:
         """
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"KV type must be {' or '.join(KV_DTYPES)}, not {self.kv_dtype!r}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"unknown log level {self.log_level!r}")
         for name in (

@@ -122,6 +122,8 @@ class ModelSource:
             kv_tokens=settings.kv_tokens,
             ram_bytes=settings.ram_bytes,
             threads=settings.threads,
+            kv_dtype=settings.kv_dtype,
+            flash_attention=settings.flash_attention,
             vocab_size=text.model.vocab_size if simulated else 0,
             eog_tokens=text.model.eog if simulated else (),
             simulated_step_us=settings.simulated_step_us,
