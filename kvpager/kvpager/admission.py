@@ -274,34 +274,10 @@ class Admission:
             out: Instructions are appended here.
         """
         seqs, pool, size = self._seqs, self._pool, self._config.block_tokens
-        hits = len(plan.blocks)
-        table = np.full(plan.total, -1, dtype=np.int32)
-        table[:hits] = plan.blocks
-        pool.share(plan.blocks[plan.blocks >= 0], state.space)
-        partial = plan.computed - hits * size
-        shared_tail = tails.get((plan.tail, partial), -1) if plan.tail is not None else -1
-        if shared_tail >= 0:
-            table[hits] = shared_tail
-            pool.share(table[hits : hits + 1], state.space)
-        own = table < 0
-        loads = np.flatnonzero(own[:hits])
-        table[own] = pool.take(int(own.sum()), state.space)
-        state.extend_table(table.tolist())
-        pages: dict[Tier, list[Page]] = defaultdict(list)
-        for index in loads.tolist():
-            page = Page(index, int(table[index]), int(plan.slots[index]), size)
-            pages[Tier(int(plan.tiers[index]))].append(page)
-            node = int(plan.nodes[index])
-            if pool.index.where[Tier.GPU][node] < 0:
-                pool.index.place(node, Tier.GPU, page.block)
-                pool.blocks.node[page.block] = node
-        if plan.tail is not None and shared_tail < 0:
-            block = int(table[hits])
-            tails[plan.tail, partial] = block
-            pages[plan.tail.tier.tier].append(Page(hits, block, plan.tail.slot, partial))
-
+        borrowed, pages = self._map(state, plan, tails)
         seqs.ids_used += state.ids
         seqs.computed[state.slot] = seqs.length[state.slot] = plan.computed
+        partial = plan.computed % size
         seqs.tails[state.slot, :partial] = state.known[plan.computed - partial : plan.computed]
         seqs.swapped.pop(state.id, None)
         if plan.computed < state.known_tokens:
@@ -309,9 +285,7 @@ class Admission:
         seqs.promised[state.slot] = plan.computed
         seqs.place_cursor(state)
 
-        borrowed = np.flatnonzero(~own)
-        borrowed = borrowed[borrowed < hits + (shared_tail >= 0)]
-        self._attach(state, borrowed, table, plan.computed, out)
+        self._attach(state, borrowed, plan.computed, out)
         for tier, loaded in pages.items():
             self._transfers.begin_load(state, tier, loaded, out)
         # Pinned by the load now, or found on the GPU: the pages below are merely cached from here.
@@ -326,11 +300,47 @@ class Admission:
         seqs.tell(state, f"admitted, computed {what}, waits for {len(state.loads)} transfers")
         out.append(Admitted(state.id, plan.computed, bool(state.loads)))
 
+    def _map(
+        self, state: SequenceState, plan: Plan, tails: dict[tuple[Place, int], int]
+    ) -> tuple[list[int], dict[Tier, list[Page]]]:
+        """Fill the block table.
+
+        Returns:
+            The logical blocks that are shared with others, and the pages to load by tier.
+        """
+        pool, size = self._pool, self._config.block_tokens
+        hits = len(plan.blocks)
+        table = np.full(plan.total, -1, dtype=np.int32)
+        table[:hits] = plan.blocks
+        pool.share(plan.blocks[plan.blocks >= 0], state.space)
+        partial = plan.computed - hits * size
+        shared_tail = tails.get((plan.tail, partial), -1) if plan.tail is not None else -1
+        if shared_tail >= 0:
+            table[hits] = shared_tail
+            pool.share(table[hits : hits + 1], state.space)
+        own = table < 0
+        loads = np.flatnonzero(own[:hits])
+        table[own] = pool.take(int(own.sum()), state.space)
+        state.extend_table(table.tolist())
+        pages: dict[Tier, list[Page]] = defaultdict(list)
+        slots, tiers = plan.slots.tolist(), plan.tiers.tolist()
+        for index in loads.tolist():
+            pages[Tier(tiers[index])].append(Page(index, int(table[index]), slots[index], size))
+        fresh = loads[pool.index.wheres[Tier.GPU][plan.nodes[loads]] < 0]
+        pool.index.place_all(plan.nodes[fresh], Tier.GPU, table[fresh])
+        pool.blocks.nodes[table[fresh]] = plan.nodes[fresh]
+        if plan.tail is not None and shared_tail < 0:
+            block = int(table[hits])
+            tails[plan.tail, partial] = block
+            pages[plan.tail.tier.tier].append(Page(hits, block, plan.tail.slot, partial))
+
+        borrowed = np.flatnonzero(~own)
+        return borrowed[borrowed < hits + (shared_tail >= 0)].tolist(), pages
+
     def _attach(
         self,
         state: SequenceState,
-        borrowed: npt.NDArray[np.intp],
-        table: npt.NDArray[np.int32],
+        borrowed: list[int],
         computed: int,
         out: list[Instruction],
     ) -> None:
@@ -339,8 +349,8 @@ class Admission:
         loading = self._pool.loading
         run: list[int] = []
         transfer = first = -1
-        for index in [*borrowed.tolist(), -1]:
-            block = int(table[index]) if index >= 0 else -1
+        for index in [*borrowed, -1]:
+            block = int(state.table[index]) if index >= 0 else -1
             of = loading.get(block, -1)
             if run and (index != first + len(run) or of != transfer):
                 tokens = min(len(run) * size, computed - first * size)

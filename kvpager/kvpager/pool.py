@@ -135,6 +135,12 @@ class Pool:
         """One more transfer in flight names the block."""
         self.blocks.pins[block] += 1
 
+    def begin_loading(self, blocks: npt.NDArray[np.int32], transfer: int) -> None:
+        """A transfer is going to write ``blocks``, which are distinct."""
+        self.blocks.all_pins[blocks] += 1
+        self.blocks.states[blocks] = LOADING
+        self.loading.update(dict.fromkeys(blocks.tolist(), transfer))
+
     def unpin(self, block: int, *, oldest: bool = False) -> None:
         """One transfer less names the block."""
         arrays = self.blocks

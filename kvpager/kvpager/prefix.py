@@ -67,6 +67,9 @@ class PageIndex:
         self.wheres: tuple[npt.NDArray[np.int32], ...] = tuple(
             np.frombuffer(item, dtype=np.int32) for item in self.where
         )
+        self._children_views: tuple[npt.NDArray[np.int32], ...] = tuple(
+            np.frombuffer(item, dtype=np.int32) for item in self.children
+        )
         self._heads_view: npt.NDArray[np.int32] = np.frombuffer(self._heads, dtype=np.int32)
         self._following_view: npt.NDArray[np.int32] = np.frombuffer(self._following, dtype=np.int32)
         self._parents_view: npt.NDArray[np.int32] = np.frombuffer(self.parent, dtype=np.int32)
@@ -136,6 +139,14 @@ class PageIndex:
         parent = self.parent[node]
         if parent >= 0:
             self.children[tier][parent] += 1
+
+    def place_all(
+        self, nodes: npt.NDArray[np.int32], tier: Tier, slots: npt.NDArray[np.int32]
+    ) -> None:
+        """`place` for many distinct pages at once."""
+        self.wheres[tier][nodes] = slots
+        parents = self._parents_view[nodes]
+        np.add.at(self._children_views[tier], parents[parents >= 0], 1)
 
     def move(self, node: int, tier: Tier, slot: int) -> None:
         """Another block or slot of the same tier holds the page from now on."""

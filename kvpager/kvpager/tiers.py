@@ -74,6 +74,8 @@ class LowerTier:
         self.held = 0
         """Slots that at least one sequence holds."""
         self.states: npt.NDArray[np.int8] = np.frombuffer(self.state, dtype=np.int8)
+        self._all_holds: npt.NDArray[np.int32] = np.frombuffer(self.holds, dtype=np.int32)
+        self._all_pins: npt.NDArray[np.int16] = np.frombuffer(self.pins, dtype=np.int16)
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +139,13 @@ class LowerTier:
         """One more transfer names the slot."""
         self._leave_cache(slot)
         self.pins[slot] += 1
+
+    def pin_all(self, slots: npt.NDArray[np.int32]) -> None:
+        """`pin` for many distinct slots at once."""
+        idle = (self._all_holds[slots] == 0) & (self._all_pins[slots] == 0)
+        for slot in slots[idle].tolist():
+            self._leave_cache(slot)
+        self._all_pins[slots] += 1
 
     def unpin(self, slot: int, *, oldest: bool = False) -> None:
         """One transfer less names the slot; with ``oldest`` it is reclaimed before others."""

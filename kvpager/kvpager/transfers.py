@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvpager.blocks import ACTIVE, LOADING
+import numpy as np
+
+from kvpager.blocks import ACTIVE
 from kvpager.errors import ImpossibleEventError
 from kvpager.pool import Pool
 from kvpager.sequences import SequenceState, SequenceTable, Status
@@ -79,11 +81,10 @@ class Transfers:
     ) -> None:
         """Load ``pages`` into blocks of ``state``, which the caller has taken and registered."""
         load = Load(self._number(), state.id, tier, tuple(pages))
-        for page in pages:
-            self._pool.pin(page.block)
-            self._pool.blocks.state[page.block] = LOADING
-            self._pool.loading[page.block] = load.transfer
-            self._pool.lower[tier].pin(page.slot)
+        blocks = np.array([page.block for page in pages], dtype=np.int32)
+        slots = np.array([page.slot for page in pages], dtype=np.int32)
+        self._pool.begin_loading(blocks, load.transfer)
+        self._pool.lower[tier].pin_all(slots)
         self.live[load.transfer] = Transfer(load)
         self.wait(state, load.transfer, None)
         out.append(load)
