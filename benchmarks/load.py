@@ -21,45 +21,74 @@ import pagedd
 from benchmarks.worker import Answer, serve_async
 
 
-async def run_one(client: pagedd.AsyncClient, request: dict[str, Any]) -> Answer:
-    """One request.
+class Recorder:
+    """What is kept of one stream.
 
-    Returns:
-        ``sent``; ``arrivals``, for each chunk its time and number of tokens; ``reply``, the token
-        ids; ``top``, for each token its position's best log-probabilities if asked for; ``usage``;
-        or ``failure``.
+    As an answer: ``sent``; ``arrivals``, for each chunk its time and number of tokens; ``reply``,
+    the token ids; ``top``, for each token its position's best log-probabilities if asked for;
+    ``reason``; ``usage``; or ``failure``.
     """
-    options = dict(request)
-    prompt = options.pop("prompt")
-    arrivals: list[tuple[float, int]] = []
-    reply: list[int] = []
-    top: list[list[float]] = []
-    sent = time.monotonic()
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.options = dict(request)
+        self.prompt = self.options.pop("prompt")
+        self._arrivals: list[tuple[float, int]] = []
+        self._reply: list[int] = []
+        self._top: list[list[float]] = []
+        self._sent = time.monotonic()
+
+    def take(self, chunk: pagedd.Chunk) -> None:
+        """A chunk has come."""
+        if chunk.tokens:
+            self._arrivals.append((time.monotonic(), len(chunk.tokens)))
+            self._reply += chunk.tokens
+            self._top += [[p for _, p in entry.top] for entry in chunk.logprobs or ()]
+
+    def failed(self, error: pagedd.PageddError) -> Answer:
+        """The answer of a stream that ended with an error."""
+        return {"sent": self._sent, "failure": f"{error.code}: {error}"}
+
+    def done(self, result: pagedd.Completion) -> Answer:
+        """The answer of a stream that ended well."""
+        return {
+            "sent": self._sent,
+            "arrivals": self._arrivals,
+            "reply": self._reply,
+            "top": self._top,
+            "reason": result.samples[0].reason,
+            "usage": {
+                "prompt": result.usage.prompt_tokens,
+                "cached": result.usage.cached_tokens,
+                "generated": result.usage.generated_tokens,
+            },
+        }
+
+
+def run_alone(client: pagedd.Client, request: dict[str, Any]) -> Answer:
+    """The only request of an app, as most apps run it: with the plain client."""
+    record = Recorder(request)
     try:
-        stream = client.generate(prompt, **options)
-        async for chunk in stream:
-            if chunk.tokens:
-                arrivals.append((time.monotonic(), len(chunk.tokens)))
-                reply += chunk.tokens
-                top += [[p for _, p in entry.top] for entry in chunk.logprobs or ()]
-        result = stream.result
+        stream = client.generate(record.prompt, **record.options)
+        for chunk in stream:
+            record.take(chunk)
+        return record.done(stream.result)
     except pagedd.PageddError as error:
-        return {"sent": sent, "failure": f"{error.code}: {error}"}
-    return {
-        "sent": sent,
-        "arrivals": arrivals,
-        "reply": reply,
-        "top": top,
-        "reason": result.samples[0].reason,
-        "usage": {
-            "prompt": result.usage.prompt_tokens,
-            "cached": result.usage.cached_tokens,
-            "generated": result.usage.generated_tokens,
-        },
-    }
+        return record.failed(error)
 
 
-async def handle(client: pagedd.AsyncClient, order: Answer) -> Answer:
+async def run_one(client: pagedd.AsyncClient, request: dict[str, Any]) -> Answer:
+    """One request among others."""
+    record = Recorder(request)
+    try:
+        stream = client.generate(record.prompt, **record.options)
+        async for chunk in stream:
+            record.take(chunk)
+        return record.done(stream.result)
+    except pagedd.PageddError as error:
+        return record.failed(error)
+
+
+async def handle(plain: pagedd.Client, client: pagedd.AsyncClient, order: Answer) -> Answer:
     """One order of the parent."""
     if order["op"] == "reload":
         await client.unload()
@@ -67,7 +96,9 @@ async def handle(client: pagedd.AsyncClient, order: Answer) -> Answer:
         return {}
     requests = order["requests"]
     if order["op"] == "series":
-        return {"results": [await run_one(client, request) for request in requests]}
+        return {"results": [run_alone(plain, request) for request in requests]}
+    if len(requests) == 1:
+        return {"results": [run_alone(plain, requests[0])]}
     return {"results": await asyncio.gather(*(run_one(client, r) for r in requests))}
 
 
@@ -78,10 +109,10 @@ async def main() -> None:
     parser.add_argument("--app", required=True)
     parser.add_argument("--priority", default="normal")
     options = parser.parse_args()
-    async with pagedd.aconnect(
-        app=options.app, priority=options.priority, host=options.host, timeout=600
-    ) as client:
-        await serve_async(lambda order: handle(client, order))
+    app, priority, host = options.app, options.priority, options.host
+    with pagedd.connect(app, priority, host=host, timeout=600) as plain:
+        async with pagedd.aconnect(app, priority, host=host, timeout=600) as client:
+            await serve_async(lambda order: handle(plain, client, order))
 
 
 if __name__ == "__main__":
