@@ -744,3 +744,26 @@ def test_the_split_counts_every_token_once() -> None:
     assert split.reserved == 2
     assert split.token_state + split.reserved + split.internal == 4 * SIZE
     assert Tier.GPU < Tier.RAM < Tier.DISK
+
+
+def test_a_step_may_retire_with_fewer_tokens_than_were_launched() -> None:
+    world = Pager(PagerConfig(gpu_blocks=8, keep_cached_on_gpu=True))
+    prompt = np.arange(20, dtype=np.int32)
+    world.handle(Admit(1, prompt, bytes(32)))
+    world.handle(StepLaunched(1, (1,), (20,)))
+    world.handle(StepRetired(1, (prompt,)))
+    (reserved,) = world.handle(Reserve((1,), (8,)))
+    assert isinstance(reserved, Reserved)
+    assert not reserved.short
+    world.handle(StepLaunched(2, (1,), (8,)))
+    assert (world.computed(1), world.length(1)) == (20, 28)
+    world.handle(StepRetired(2, (np.array([7, 8, 9], np.int32),)))
+    world.validate()
+    assert (world.computed(1), world.length(1)) == (23, 23)
+    world.handle(Reserve((1,), (1,)))
+    world.handle(StepLaunched(3, (1,), (1,)))
+    with pytest.raises(ImpossibleEventError):
+        world.handle(StepRetired(3, (np.array([], np.int32),)))
+    world.handle(StepRetired(3, (np.array([10], np.int32),)))
+    world.validate()
+    assert world.computed(1) == 24

@@ -152,21 +152,30 @@ class Steps:
         """The oldest step is over: its tokens are in the pool, and its full blocks are pages."""
         record = self._oldest(event.epoch)
         sizes = np.fromiter(map(len, event.tokens), dtype=np.int64, count=len(event.tokens))
-        if not np.array_equal(sizes, record.counts):
+        if len(sizes) != len(record.counts) or (sizes > record.counts).any():
             raise ImpossibleEventError(f"step {event.epoch}: its tokens are not those launched")
+        cut = sizes < record.counts
+        if cut.any() and (sizes[cut].min() < 1 or len(self._seqs.steps) > 1):
+            raise ImpossibleEventError(
+                f"step {event.epoch}: fewer tokens than launched, and a later step built on them"
+            )
         self._check_prompts(record, event.tokens)
 
         seqs = self._seqs
         seqs.steps.popleft()
-        slots, valid = record.slots, record.valid
-        single = (record.counts == 1) & (valid == 1)
+        slots, valid = record.slots, np.minimum(record.valid, sizes)
+        single = (sizes == 1) & (valid == 1)
         if single.any():
-            tokens = np.concatenate(event.tokens)[(np.cumsum(record.counts) - 1)[single]]
+            tokens = np.concatenate(event.tokens)[(np.cumsum(sizes) - 1)[single]]
             self._commit_single(slots[single], tokens)
         for i in np.flatnonzero(~single & (valid > 0)).tolist():
             state = seqs.by_slot[slots[i]]
             assert state is not None
             self._commit(state, event.tokens[i][: int(valid[i])])
+        short = slots[cut & (valid > 0)]
+        if len(short):
+            seqs.length[short] = seqs.computed[short]
+            self._move_cursors(short)
         seqs.resumed[slots[valid > 0]] = False
         seqs.end_prefills()
         self._end(record, "retired", out)
@@ -203,7 +212,8 @@ class Steps:
             if state is None or not record.valid[i]:
                 continue
             start = int(record.starts[i])
-            known = state.known[start : min(state.known_tokens, start + int(record.valid[i]))]
+            count = min(int(record.valid[i]), len(tokens[i]))
+            known = state.known[start : min(state.known_tokens, start + count)]
             if not np.array_equal(known, tokens[i][: len(known)]):
                 raise self._seqs.impossible(
                     seq, f"step {record.epoch} computed other tokens than its prompt"

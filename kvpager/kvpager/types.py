@@ -149,7 +149,9 @@ class StepRetired:
     """The step is over: its tokens are in the pool, and every earlier step has retired too.
 
     ``tokens[i]`` are the ids that ``seqs[i]`` of the `StepLaunched` had as inputs, shape
-    ``(counts[i],)``; full blocks are hashed and may be shared from now on.
+    ``(n,)`` with ``1 <= n <= counts[i]``; full blocks are hashed and may be shared from now on.
+    With fewer than were launched (a stretch of decode steps that ended early) the other room is
+    given back; no later step may be in flight then.
     """
 
     epoch: int

@@ -37,6 +37,7 @@ from pagedd_daemon.backends.base import Capabilities, Draw, Run, Step
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.engine.stepcost import StepCost
+from pagedd_daemon.engine.stretch import STRETCH_STEPS, Stretch
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState, TokenBuffer
 
 _MOST_SHARERS = 16
@@ -59,6 +60,7 @@ class Scheduler:
         self._next_seq = 0
         self._epoch = 0
         self._launched: list[tuple[Sequence, int]] = []
+        self._stretch: Stretch | None = None
         self._changed = True
         self.cost = StepCost()
         self.started: list[Request] = []
@@ -73,10 +75,11 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request behind those of its class."""
         self._waiting[request.klass].append(request)
-        self._changed = True
+        self.wake()
 
     def wake(self) -> None:
         """Something outside changed (a paused request goes on): look at the queue again."""
+        self._end_stretch()
         self._changed = True
 
     def withdraw(self, request: Request) -> bool:
@@ -104,6 +107,7 @@ class Scheduler:
 
     def end(self, sequence: Sequence, *, keep_tokens: int | None = None) -> None:
         """A sequence is over; what it computed (its first ``keep_tokens``) stays in the cache."""
+        self._end_stretch()
         if keep_tokens is not None and keep_tokens < sequence.computed:
             if sequence.state is SequenceState.RUNNING:
                 self._settle(self._pool.handle(Truncate(sequence.seq, keep_tokens)))
@@ -139,6 +143,8 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, its room reserved, or None if nobody can run now."""
+        if self._stretch is not None:
+            return self._step(self._launched)
         self.settle()
         decodes = [s for s in self._sequences.values() if _decodes(s)]
         ready, pressed = self._make_room(decodes)
@@ -148,6 +154,8 @@ class Scheduler:
         chunks = self._chunks(len(ready))
         if not ready and not chunks:
             return None
+        if ready and not chunks and (ahead := self._room_ahead(ready)) > 1:
+            return self._begin_stretch(ready, ahead)
         return self._launch([*((s, 1) for s in ready), *chunks])
 
     def settle(self) -> None:
@@ -163,11 +171,15 @@ class Scheduler:
 
     def retire(self, step: Step, seconds: float) -> None:
         """The step is done: its tokens are in the pool."""
-        launched, self._launched = self._launched, []
-        tokens = tuple(run.tokens for run in step.runs)
-        for sequence, count in launched:
+        for sequence, count in self._launched:
             sequence.computed += count
-        self._settle(self._pool.handle(StepRetired(step.epoch, tokens)))
+        if self._stretch is not None:
+            self.cost.observe(len(step.runs), 0, seconds)
+            if self._stretch.step_done():
+                self._end_stretch()
+            return
+        self._launched = []
+        self._settle(self._pool.handle(StepRetired(step.epoch, tuple(r.tokens for r in step.runs))))
         decodes = sum(1 for run in step.runs if len(run.tokens) == 1)
         prefill = sum(len(run.tokens) for run in step.runs if len(run.tokens) > 1)
         self.cost.observe(decodes, prefill, seconds)
@@ -179,9 +191,48 @@ class Scheduler:
     def fail(self, step: Step) -> list[Sequence]:
         """The step was refused: its sequences stand where they stood. Returns them."""
         sequences = self.launched
+        if self._stretch is not None and self._stretch.done:
+            self._end_stretch()
+            return sequences
+        self._stretch = None
         self._launched = []
         self._settle(self._pool.handle(StepFailed(step.epoch)))
         return sequences
+
+    # ---------------------------------------------------------------------------------- stretches
+
+    def _room_ahead(self, ready: list[Sequence]) -> int:
+        """Steps that these sequences alone can take before anything needs to be decided."""
+        if self._preempted or self.waiting or self._pool.transfers_in_flight:
+            return 1
+        left = min(
+            min(
+                s.request.stop.max_tokens - s.generated,
+                self._caps.context_tokens - len(s.tokens),
+            )
+            for s in ready
+        )
+        ahead = min(STRETCH_STEPS, left)
+        if ahead > 1 and self._reserve(ready, [ahead] * len(ready)):
+            return 1
+        return ahead
+
+    def _begin_stretch(self, ready: list[Sequence], steps: int) -> Step:
+        self._announce_step([(s, steps) for s in ready])
+        self._stretch = Stretch(self._epoch, ready, steps)
+        self._launched = [(s, 1) for s in ready]
+        return self._step(self._launched)
+
+    def _end_stretch(self) -> None:
+        """Tell the pager what the stretch has computed, all of it or not."""
+        stretch, self._stretch = self._stretch, None
+        if stretch is None:
+            return
+        self._launched = []
+        if stretch.done:
+            self._settle(self._pool.handle(StepRetired(stretch.epoch, stretch.tokens())))
+        else:
+            self._settle(self._pool.handle(StepFailed(stretch.epoch)))
 
     # ------------------------------------------------------------------------------- parts of plan
 
@@ -341,11 +392,17 @@ class Scheduler:
 
     def _launch(self, parts: list[tuple[Sequence, int]]) -> Step:
         """The step over ``parts``, announced to the pager."""
-        self._epoch += 1
+        self._announce_step(parts)
         self._launched = parts
+        return self._step(parts)
+
+    def _announce_step(self, parts: list[tuple[Sequence, int]]) -> None:
+        self._epoch += 1
         self._pool.handle(
             StepLaunched(self._epoch, tuple(s.seq for s, _ in parts), tuple(n for _, n in parts))
         )
+
+    def _step(self, parts: list[tuple[Sequence, int]]) -> Step:
         return Step(self._epoch, [self._run(sequence, count) for sequence, count in parts])
 
     def _run(self, sequence: Sequence, count: int) -> Run:

@@ -1,0 +1,37 @@
+"""Decode steps of the same sequences that the pager sees as one."""
+
+from __future__ import annotations
+
+from kvpager.types import Tokens
+from pagedd_daemon.engine.work import Sequence
+
+STRETCH_STEPS = 8
+"""Steps at most: room for so many tokens is reserved ahead, half a block for each sequence. The
+pager's three events cost 230 µs a step with the cold caches that a step of llama.cpp leaves."""
+
+
+class Stretch:
+    """While nobody comes, goes, or needs room, a decode step decides nothing: the same sequences
+    take their next token. So the pager is told once, of several tokens each; whatever happens ends
+    the stretch first, with as many tokens as were computed by then.
+    """
+
+    def __init__(self, epoch: int, sequences: list[Sequence], steps: int) -> None:
+        self.epoch = epoch
+        self.done = 0
+        """Steps that have retired."""
+        self._sequences = sequences
+        self._starts = [sequence.computed for sequence in sequences]
+        self._steps = steps
+
+    def step_done(self) -> bool:
+        """One more step has retired; whether it was the last."""
+        self.done += 1
+        return self.done == self._steps
+
+    def tokens(self) -> tuple[Tokens, ...]:
+        """What each sequence computed, for `kvpager.types.StepRetired`."""
+        return tuple(
+            sequence.tokens.view(start, start + self.done)
+            for sequence, start in zip(self._sequences, self._starts, strict=True)
+        )
