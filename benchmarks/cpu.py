@@ -27,15 +27,25 @@ def threads() -> int:
     return min(physical, len(os.sched_getaffinity(0)))
 
 
-def spine(report: Report) -> None:
-    """Everything that is measured on one daemon with the default model, in one life of it."""
-    model, count = packaged_model(), threads()
-    arguments = ("--model", str(model), "--backend", "llama.cpp", "--threads", str(count))
-    with Daemon(*arguments, "--kv-tokens", str(decoding.POOL_TOKENS)) as daemon:
-        decoding.against_raw_loop(report, daemon, model, count)
+def default_daemon() -> Daemon:
+    """A daemon with the default model and room for everything that is measured on it."""
+    arguments = ("--model", str(packaged_model()), "--backend", "llama.cpp")
+    size = ("--kv-tokens", str(decoding.POOL_TOKENS), "--threads", str(threads()))
+    return Daemon(*arguments, *size)
+
+
+def decode(report: Report) -> None:
+    """Decoding against the raw loop; then what the daemon that did it costs while it rests."""
+    with default_daemon() as daemon:
+        decoding.against_raw_loop(report, daemon, packaged_model(), threads())
+        overhead.resting(report, daemon)
+
+
+def prefixes(report: Report) -> None:
+    """Prefixes that are shared, and many that are cached."""
+    with default_daemon() as daemon:
         pool.shared_prefix(report, daemon)
         pool.many_prefixes(report, daemon)
-        overhead.resting(report, daemon)
 
 
 def full_pool(report: Report) -> None:
@@ -50,8 +60,9 @@ def pressure(report: Report) -> None:
 
 
 PARTS: dict[str, Callable[[Report], None]] = {
-    "spine": spine,
+    "decode": decode,
     "full-pool": full_pool,
+    "prefixes": prefixes,
     "pressure": pressure,
     "added-time": overhead.added_time,
 }
@@ -69,7 +80,7 @@ def main() -> int:
         PARTS[name](report)
     if chosen:
         print("a part of the benchmark: no result file is written")
-        return int(any(not row.ok for row in report.rows))
+        return report.show()
     return report.finish()
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -78,7 +79,9 @@ class Report:
         self.target = target
         self.quick = quick
         self.rows: list[Row] = []
-        self._console = Console()
+        # In a pipe rich would wrap the table at 80 columns.
+        terminal = sys.stdout.isatty()
+        self._console = Console(width=None if terminal else 180)
 
     def add(self, row: Row) -> None:
         """Keep a row, and show at once how it went."""
@@ -88,10 +91,14 @@ class Report:
         self._console.print(text, style=None if row.ok else "bold red", highlight=False)
 
     def finish(self, results: Path = RESULTS) -> int:
-        """Print the table, write the result file, and return the exit status."""
-        self._console.print(self._table())
+        """Write the result file, `show` the table, and return the exit status."""
         path = self.write(results)
         self._console.print(f"written to {_relative(path)}", highlight=False)
+        return self.show()
+
+    def show(self) -> int:
+        """Print the table and what missed; return the exit status."""
+        self._console.print(self._table())
         missed = [row for row in self.rows if not row.ok]
         for row in missed:
             self._console.print(
