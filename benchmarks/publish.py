@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.report import RESULTS, ROOT, shown
 
 PAGE = ROOT / "docs" / "benchmarks.md"
+TARGET = "bench-cpu"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
@@ -36,9 +37,9 @@ def table(document: Mapping[str, Any], source: str) -> str:
 
 
 def tables(results: Path) -> str:
-    """Every full run in ``results``; quick ones are not for quoting."""
+    """Every full run of `TARGET` in ``results``; quick ones are not for quoting."""
     sections = []
-    for path in sorted(results.glob("*.json")):
+    for path in sorted(results.glob(f"{TARGET}-*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if not document["quick"]:
             sections.append(table(document, path.name))
