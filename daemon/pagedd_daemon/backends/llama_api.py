@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import llama_cpp
-import numpy as np
-import numpy.typing as npt
+# Read once, when the library is loaded. By default llama.cpp's idle threads spin for milliseconds
+# after a step, on the very cores that front and apps need to pass its tokens on; 5,000 rounds are
+# enough for the barriers inside a step. Worth 1 to 3 % of decode speed with 4 apps on 2 cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+import llama_cpp  # noqa: E402
+import numpy as np  # noqa: E402
+import numpy.typing as npt  # noqa: E402
 
 log = logging.getLogger(__name__)
 
