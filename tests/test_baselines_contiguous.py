@@ -221,6 +221,20 @@ def test_slots_are_conserved_through_any_history(reservation: Reservation, scrip
     assert pager.stats().gpu.free == 5000
 
 
+def test_a_stretch_that_ends_early_gives_its_other_room_back() -> None:
+    pager = pager_of(exact)
+    pager.handle(admit(1, 100, 28))
+    step(pager, 1, (1, 100))
+    pager.handle(StepLaunched(2, (1,), (8,)))
+    pager.handle(StepRetired(2, (np.zeros(3, np.int32),)))
+    assert pager.split() == PoolSplit(103, 25, 0, 0)
+    pager.validate()
+    pager.handle(StepLaunched(3, (1,), (2,)))
+    with pytest.raises(ImpossibleEventError):
+        pager.handle(StepRetired(3, (np.zeros(3, np.int32),)))
+    pager.handle(StepRetired(3, (np.zeros(2, np.int32),)))
+
+
 def test_a_request_that_can_never_fit_is_denied_with_the_figures() -> None:
     pager = pager_of(exact, 1000)
     assert pager.handle(admit(1, 900, 100)) == [Denied(1, 1000, 1000)]

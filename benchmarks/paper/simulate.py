@@ -164,7 +164,8 @@ class Simulation:
             backend.padding = pager.batch_width - len(step.runs)
         before = backend.now_s
         result = backend.collect(backend.launch(step))
-        sequences = self._scheduler.retire(step, result.seconds)
+        sequences = self._scheduler.launched
+        self._scheduler.retire(step, result.seconds)
         if self._steps % _LOOK_EVERY == 0:
             self._look(backend.now_s - before)
         for run, sequence in zip(step.runs, sequences, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,13 +188,18 @@ class ContiguousPager:
     def _step_over(self, event: StepRetired | StepFailed) -> list[Instruction]:
         if not self._steps or self._steps[0].epoch != event.epoch:
             raise self._impossible(f"step {event.epoch} is not the oldest in flight")
-        launched = self._steps.popleft()
-        done = isinstance(event, StepRetired)
-        for seq, count in zip(launched.seqs, launched.counts, strict=True):
+        launched = self._steps[0]
+        kept = [0] * len(launched.seqs)
+        if isinstance(event, StepRetired):
+            kept = [len(tokens) for tokens in event.tokens]
+            if len(kept) != len(launched.seqs) or any(map(operator.gt, kept, launched.counts)):
+                raise self._impossible(f"step {event.epoch} retires more than was launched")
+        self._steps.popleft()
+        for seq, count, computed in zip(launched.seqs, launched.counts, kept, strict=True):
             # Sequences may have ended meanwhile.
             if (held := self._held.get(seq)) is not None:
                 held.launched -= count
-                held.computed += count if done else 0
+                held.computed += computed
         return []
 
     def _free(self, seq: int) -> list[Instruction]:
