@@ -177,11 +177,20 @@ def against_raw_loop(report: Report, daemon: Daemon, model: Path, threads: int) 
 
 
 def _tokens_for(raw: Worker, streams: int, seconds: float) -> int:
-    """Tokens per stream that take the raw loop a little more than ``seconds``."""
+    """Tokens per stream, so many that either side is measured for more than ``seconds``."""
     source = random.Random(0)
     prompts = [random_prompt(source, PROMPT_TOKENS) for _ in range(streams)]
     trial = raw_rate(raw, prompts, max(8, 160 // streams), GREEDY)
-    return math.ceil(1.15 * seconds * trial.per_second / streams) + 1
+    return _enough(seconds, trial, streams)
+
+
+def _enough(seconds: float, trial: Rate, streams: int) -> int:
+    """Tokens per stream for ``seconds`` in which all streams decode.
+
+    The daemon's streams begin one after the other, since the others decode while a prompt is
+    computed: two steps for each are allowed for.
+    """
+    return math.ceil(1.15 * seconds * trial.per_second / streams) + 2 * streams
 
 
 def with_full_pool(report: Report, model: Path, threads: int) -> None:
@@ -201,8 +210,8 @@ def with_full_pool(report: Report, model: Path, threads: int) -> None:
                     raise RuntimeError(f"the pool could not be filled: {result}")
         with apps_of(full) as full_apps, apps_of(empty) as empty_apps:
             trial = [random_prompt(source, PROMPT_TOKENS) for _ in range(streams)]
-            speed = daemon_rate(full_apps, trial, 24, GREEDY).per_second
-            tokens = math.ceil(1.15 * plan.seconds * speed / streams) + 1
+            speed = daemon_rate(full_apps, trial, 24, GREEDY)
+            tokens = _enough(plan.seconds, speed, streams)
 
             def run(apps: list[Worker]) -> Rate:
                 warm_up = [random_prompt(source, 8) for _ in range(streams)]
