@@ -17,7 +17,7 @@ export PAGEDD_QUICK := $(QUICK)
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## four apps talk to one daemon at the same time (sets everything up first)
 	@$(BIN)/python packaging/dev/demo.py
@@ -32,7 +32,7 @@ check: $(READY) ## ruff, mypy --strict, import boundaries, file lengths
 	$(BIN)/python packaging/dev/check_imports.py
 	$(BIN)/python packaging/dev/check_length.py
 
-bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, 20 minutes or so
+bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, half an hour or so
 	@$(BIN)/python -m benchmarks.cpu
 
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so

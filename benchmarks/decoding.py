@@ -111,6 +111,7 @@ def compare(
     """
     ratios: list[float] = []
     rates: tuple[list[float], list[float]] = ([], [])
+    shortest = math.inf
     for pair in range(plan.pairs):
         if pair % 2:
             theirs, mine = other(pair), ours(pair)
@@ -119,9 +120,10 @@ def compare(
         ratios.append(mine.per_second / theirs.per_second)
         rates[0].append(mine.per_second)
         rates[1].append(theirs.per_second)
+        shortest = min(shortest, mine.seconds, theirs.seconds)
     medians = [statistics.median(side) for side in rates]
     note = (
-        f"{spread(ratios)} of {plan.pairs} pairs; "
+        f"{spread(ratios)} of {plan.pairs} pairs of at least {shortest:.1f} s; "
         f"{names[0]} {medians[0]:.0f}, {names[1]} {medians[1]:.0f} tok/s"
     )
     return statistics.median(ratios), note
