@@ -69,6 +69,7 @@ class TimingBackend:
             block_bytes=block_tokens * TOKEN_BYTES,
             max_sequences=0,
             max_step_tokens=MAX_STEP_TOKENS,
+            asynchronous=False,
             keep_cached_on_gpu=True,
         )
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from benchmarks.paper.__main__ import DATA
 from benchmarks.paper.curves import LEVELS_S, rate_at
-from benchmarks.paper.model import LatencyModel
+from benchmarks.paper.model import BLOCK_TOKENS, LatencyModel
 from benchmarks.paper.policies import POLICIES, TITLES
 from benchmarks.paper.sections import NAMES, PAPER_RATE
 from benchmarks.paper.svg import Axis, lines, stacked
-from benchmarks.paper.workload import SHAPES
+from benchmarks.paper.workload import SHAPES, lengths
 from benchmarks.report import RESULTS, ROOT, shown
 
 TEMPLATE = Path(__file__).with_name("paper.md.in")
@@ -158,6 +158,15 @@ def sharing_table(sharing: Section) -> str:
             saved = [percent(sharing[kind][shape][width]) for width in ("2", "4", "6")]
             rows.append((f"{words}, {NAMES[shape]}", *saved, SAVED[kind][shape]))
     return table(("blocks saved, %", "2", "4", "6", "paper, 2–6"), rows)
+
+
+def arithmetic_saving(shape: str, samples: int, requests: int = 1000) -> float:
+    """What sharing every full block of every prompt would save over time, by arithmetic."""
+    saved = blocks = 0
+    for prompt, output in lengths(shape, requests):
+        saved += (samples - 1) * (prompt // BLOCK_TOKENS) * output
+        blocks += samples * sum(-(-(prompt + n) // BLOCK_TOKENS) for n in range(output))
+    return saved / blocks
 
 
 def prefix_table(prefix: Section) -> str:
@@ -317,6 +326,9 @@ def render(results: Path = RESULTS) -> dict[Path, str]:
         sensitivity=sensitivity_table(sections["sensitivity"]),
         sharing=sharing_table(sections["sharing"]),
         once=", ".join(f"{percent(once[n])} % (n = {n})" for n in ("2", "4", "6")),
+        arithmetic=", ".join(
+            f"{percent(arithmetic_saving('sharegpt', n))} % (n = {n})" for n in (2, 4, 6)
+        ),
         prefix=prefix_table(sections["prefix"]),
         chat=rate_table(sections["chatbot"], ("paged", "oracle", "pow2", "max")),
         blocks=block_table(sections["block_size"]),
