@@ -230,8 +230,9 @@ def test_a_paused_request_takes_no_part_and_gives_way() -> None:
     bench.submit(1, prompt_of(1, 300), max_tokens=60)
     for _ in range(6):
         bench.step()
-    before = len(bench.outcomes[1].tokens[0])
     bench.engine.handle(m.Pause(1))
+    bench.step()  # says what the step before the pause brought
+    before = len(bench.outcomes[1].tokens[0])
     bench.submit(2, prompt_of(2, 300), max_tokens=20)
     bench.run()
     assert bench.outcomes[2].reasons == {0: "length"}

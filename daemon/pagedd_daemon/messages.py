@@ -189,9 +189,9 @@ class Rejected:
     details: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepReport:
-    """Everything of one step, in one message."""
+    """Everything of one step, in one message. Filled while the step's results are gone through."""
 
     steps: int
     """Steps retired since start: the progress counter that health is read from."""

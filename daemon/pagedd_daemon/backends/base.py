@@ -49,6 +49,8 @@ class Capabilities:
     """Sequences that can hold KV at the same time; 0 for any number."""
     max_step_tokens: int
     """Input tokens a step may have at most."""
+    asynchronous: bool
+    """Whether ``launch`` returns before the work is done, so that the engine can talk meanwhile."""
     keep_cached_on_gpu: bool
     """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
 

@@ -157,6 +157,7 @@ class LlamaBackend:
             block_bytes=block_bytes,
             max_sequences=api.SEQUENCE_IDS - TEMPORARY_IDS,
             max_step_tokens=STEP_TOKENS,
+            asynchronous=False,
             keep_cached_on_gpu=False,
         )
         return cls(model, context, caps, configure.ram_bytes)

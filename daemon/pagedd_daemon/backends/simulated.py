@@ -168,6 +168,7 @@ class SimulatedBackend:
             block_bytes=BLOCK_TOKENS * BYTES_PER_TOKEN,
             max_sequences=0,
             max_step_tokens=2048,
+            asynchronous=True,
             keep_cached_on_gpu=keep_cached_on_gpu,
         )
         return cls(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -97,25 +96,33 @@ class Engine:
     def step(self, say: Callable[[m.StepReport], None]) -> bool:
         """Run one step if anybody can run.
 
-        New tokens are said before the books are brought up to date, so that the front works while
-        the engine does. A step in which something ends says a second report.
+        What a step brought is said while something else goes on: where launching is asynchronous,
+        after the launch of the next step (but for a request's first token, which somebody waits
+        for); else before the books are brought up to date, so that the front works while the
+        engine does, with a second report for what ends.
 
         Returns:
             Whether a step was run.
         """
         step = self._scheduler.plan(self._clock())
         self._announce()
-        if step is not None:
-            self._steps += 1
-            try:
-                result = self._backend.collect(self._backend.launch(step))
-            except StepFaultError as fault:
-                self._fail(step, str(fault))
-            else:
-                self._retire(step, result, say)
-            self._scheduler.settle()
-        self._say(say)
-        return step is not None
+        if step is None:
+            self._say(say)
+            return False
+        self._steps += 1
+        try:
+            handle = self._backend.launch(step)
+            if self._caps.asynchronous:
+                self._say(say)
+            result = self._backend.collect(handle)
+        except StepFaultError as fault:
+            self._fail(step, str(fault))
+        else:
+            self._retire(step, result, say)
+        self._scheduler.settle()
+        if not (self._caps.asynchronous and self.has_work):
+            self._say(say)
+        return True
 
     def _announce(self) -> None:
         """Report what planning found: who started, who can never fit, who cannot grow."""
@@ -142,6 +149,7 @@ class Engine:
         drawn = iter(result.drawn)
         now = self._clock()
         kept: list[tuple[Sequence, list[Drawn]]] = []
+        first = False
         for run, sequence in zip(step.runs, sequences, strict=True):
             if not run.draws:
                 continue
@@ -150,10 +158,12 @@ class Engine:
             request = sequence.request
             if request.first_token_s == 0.0:
                 request.first_token_s = now
+                first = True
             request.last_token_s = now
             for offset, one in enumerate(tokens):
                 self._output(request, sequence.index + offset, one)
-        self._say(say)
+        if first or not self._caps.asynchronous:
+            self._say(say)
         self._scheduler.retire(step, result.seconds)
         for sequence, tokens in kept:
             if len(tokens) > 1:
@@ -275,7 +285,8 @@ class Engine:
         report = self._report
         if report.outputs or report.ended or report.rejected or report.started:
             self._report = m.StepReport(0)
-            say(replace(report, steps=self._steps))
+            report.steps = self._steps
+            say(report)
 
 
 def _closed(request: Request) -> m.Closed:
