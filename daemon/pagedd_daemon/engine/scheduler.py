@@ -248,7 +248,9 @@ class Scheduler:
             if not asking:
                 break
             pressed = True
-            victim = self._victim(asking[0], must=not ready and not self._pool.transfers_in_flight)
+            if self._pool.transfers_in_flight:
+                break  # room may be on its way already, from a victim of the last step
+            victim = self._victim(asking[0], must=not ready)
             if victim is None:
                 break
             self._settle(self._pool.handle(Preempt(victim.seq)))
@@ -276,14 +278,19 @@ class Scheduler:
         return None
 
     def _resume(self) -> None:
-        """Bring back paged-out sequences, oldest of the most important class first."""
-        for sequence in sorted(self._preempted, key=lambda s: (s.request.klass, s.seq)):
-            # The samples of one request come back together with the first of them.
+        """Bring back paged-out sequences: the most important class first, then the oldest request.
+
+        The samples of one request come back together, or wait until the first of them has computed
+        the prompt they share again; nobody younger overtakes them meanwhile for want of room.
+        """
+        order = sorted(self._preempted, key=lambda s: (s.request.klass, s.request.rid, s.seq))
+        for sequence in order:
             if sequence.request.paused or sequence.state is not SequenceState.PREEMPTED:
                 continue
             verdicts = self._pool.handle(Resume(sequence.seq))
             self._settle(verdicts)
-            if any(isinstance(v, Deferred) for v in verdicts):
+            reasons = {v.reason for v in verdicts if isinstance(v, Deferred)}
+            if reasons - {DeferReason.PREFIX_IN_FLIGHT, DeferReason.TRANSFER}:
                 self._page_out_paused()
                 break
 

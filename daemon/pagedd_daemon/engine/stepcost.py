@@ -25,14 +25,15 @@ class StepCost:
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
         """Learn from a step that has retired."""
         if prefill_tokens == 0:
-            self._decode_s += _WEIGHT * (seconds - self._decode_s) if self._decode_s else seconds
+            self._decode_s = _smooth(self._decode_s, seconds)
             return
         rest = seconds - (self._decode_s if decodes else 0.0)
-        per_token = max(rest, 0.1 * seconds) / prefill_tokens
-        if self._per_token_s:
-            self._per_token_s += _WEIGHT * (per_token - self._per_token_s)
-        else:
-            self._per_token_s = per_token
+        self._per_token_s = _smooth(self._per_token_s, max(rest, 0.1 * seconds) / prefill_tokens)
+        if decodes:
+            # Where every step has prompts this is all there is to learn of decoding, and without
+            # it one slow step would keep the chunks small for ever.
+            rest = seconds - self._per_token_s * prefill_tokens
+            self._decode_s = _smooth(self._decode_s, max(rest, 0.0))
 
     def prefill_budget(self, decodes: int, most: int, least: int) -> int:
         """Prompt tokens the next step may compute beside ``decodes`` decoding sequences.
@@ -48,3 +49,7 @@ class StepCost:
     def prefill_tokens_per_s(self) -> float:
         """0 before anything was observed."""
         return 1.0 / self._per_token_s if self._per_token_s else 0.0
+
+
+def _smooth(mean: float, seen: float) -> float:
+    return mean + _WEIGHT * (seen - mean) if mean else seen

@@ -1,0 +1,40 @@
+"""How the engine learns what a step costs, and how it cuts chunks by it."""
+
+from __future__ import annotations
+
+from pagedd_daemon.engine.stepcost import DECODE_TARGET_S, PREFILL_TARGET_S, StepCost
+
+
+def learned(decode_s: float, per_token_s: float, *, mixed: bool) -> StepCost:
+    cost = StepCost()
+    for _ in range(60):
+        if not mixed:
+            cost.observe(4, 0, decode_s)
+        cost.observe(4, 50, decode_s + 50 * per_token_s)
+    return cost
+
+
+def test_a_chunk_beside_decodes_fills_the_step_and_no_more() -> None:
+    budget = learned(0.020, 0.002, mixed=False).prefill_budget(4, most=512, least=32)
+    assert abs(0.020 + budget * 0.002 - DECODE_TARGET_S) < 0.02
+
+
+def test_without_decodes_a_step_may_take_longer() -> None:
+    budget = learned(0.020, 0.002, mixed=False).prefill_budget(0, most=512, least=32)
+    assert abs(budget * 0.002 - PREFILL_TARGET_S) < 0.05
+
+
+def test_prompts_always_advance_and_never_exceed_the_step() -> None:
+    cost = learned(10.0, 1.0, mixed=False)
+    assert cost.prefill_budget(4, most=512, least=32) == 32
+    assert learned(0.001, 1e-6, mixed=False).prefill_budget(4, most=512, least=32) == 512
+
+
+def test_one_slow_step_is_forgotten_where_every_step_has_prompts() -> None:
+    cost = learned(0.020, 0.002, mixed=True)
+    usual = cost.prefill_budget(4, most=512, least=32)
+    cost.observe(4, 0, 2.0)
+    assert cost.prefill_budget(4, most=512, least=32) == 32
+    for _ in range(60):
+        cost.observe(4, 50, 0.120)
+    assert cost.prefill_budget(4, most=512, least=32) > usual / 2
