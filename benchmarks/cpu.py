@@ -71,8 +71,11 @@ PARTS: dict[str, Callable[[Report], None]] = {
 def main() -> int:
     """Run the parts; exit status 1 if a row misses what it must reach."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all of them")
+    names = ", ".join(PARTS)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{names}; default: all of them")
     chosen = parser.parse_args().parts
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}; there are {names}")
     # Ending early still ends the daemons and the workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report("bench-cpu", quick=bool(os.environ.get("PAGEDD_QUICK")))
