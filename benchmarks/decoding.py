@@ -82,7 +82,7 @@ def daemon_rate(
     options = {"max_tokens": tokens, "ignore_eos": True, **sampling}
     busy = [(app, share) for app, share in zip(apps, shares, strict=True) if share]
     for app, share in busy:
-        app.order(op="run", requests=[{"prompt": prompt, **options} for prompt in share])
+        app.order(op="read", requests=[{"prompt": prompt, **options} for prompt in share])
     results = [result for app, _ in busy for result in app.answer()["results"]]
     for result in results:
         if "failure" in result or len(result["reply"]) != tokens:

@@ -3,6 +3,7 @@
 Orders (`op`):
 
     run     `requests`, all at once: each a map with `prompt` (token ids) and options of generate
+    read    the same, read with the plain client, a chunk of each in turn: streams of equal length
     series  the same requests one after another
     reload  unload the model and load it again: an empty pool
 
@@ -76,6 +77,22 @@ def run_alone(client: pagedd.Client, request: dict[str, Any]) -> Answer:
         return record.failed(error)
 
 
+def read_in_turn(client: pagedd.Client, requests: list[dict[str, Any]]) -> list[Answer]:
+    """Streams of equal length, read in one thread: what reading costs an app at the least."""
+    open_ = [
+        (r := Recorder(request), client.generate(r.prompt, **r.options)) for request in requests
+    ]
+    going = list(open_)
+    while going:
+        for record, stream in list(going):
+            chunk = next(stream, None)
+            if chunk is None:
+                going.remove((record, stream))
+            else:
+                record.take(chunk)
+    return [record.done(stream.result) for record, stream in open_]
+
+
 async def run_one(client: pagedd.AsyncClient, request: dict[str, Any]) -> Answer:
     """One request among others."""
     record = Recorder(request)
@@ -97,8 +114,8 @@ async def handle(plain: pagedd.Client, client: pagedd.AsyncClient, order: Answer
     requests = order["requests"]
     if order["op"] == "series":
         return {"results": [run_alone(plain, request) for request in requests]}
-    if len(requests) == 1:
-        return {"results": [run_alone(plain, requests[0])]}
+    if order["op"] == "read":
+        return {"results": read_in_turn(plain, requests)}
     return {"results": await asyncio.gather(*(run_one(client, r) for r in requests))}
 
 

@@ -100,7 +100,25 @@ _KINDS = {kind.__name__: kind for kind in _TOP_LEVEL}
 
 def pack(message: m.ToEngine | m.ToFront) -> bytes:
     """One message as a frame, ready to be written."""
+    if isinstance(message, m.StepReport) and not message.rejected:
+        return frame(_pack_step(message))
     return frame(msgpack.packb([type(message).__name__, *_values(message)], default=_values))
+
+
+def _pack_step(report: m.StepReport) -> bytes:
+    """The message of every step, without a call for each part of it: half the time."""
+    packed: bytes = msgpack.packb(
+        [
+            "StepReport",
+            report.steps,
+            [(o.rid, o.index, o.tokens, o.logprobs) for o in report.outputs],
+            [(e.rid, e.index, e.reason) for e in report.ended],
+            [_values(c) for c in report.closed],
+            [],
+            report.started,
+        ]
+    )
+    return packed
 
 
 def unpack(body: bytes) -> m.ToEngine | m.ToFront:

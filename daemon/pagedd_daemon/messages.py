@@ -141,9 +141,10 @@ class Failed:
     details: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """New tokens of one sample."""
+    """New tokens of one sample. Not frozen: that would treble the time to make one, and both ends
+    make one per token."""
 
     rid: int
     index: int
