@@ -8,7 +8,6 @@ need be: a full pool pages somebody out and never fails a request.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 from kvpager.types import (
@@ -22,7 +21,6 @@ from kvpager.types import (
     Instruction,
     Preempt,
     Preempted,
-    PriorityClass,
     Reserve,
     Reserved,
     Resume,
@@ -37,8 +35,14 @@ from pagedd_daemon.backends.base import Capabilities, Draw, Run, Step
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.engine.stepcost import StepCost
-from pagedd_daemon.engine.stretch import STRETCH_STEPS, Stretch
-from pagedd_daemon.engine.work import Request, Sequence, SequenceState, TokenBuffer
+from pagedd_daemon.engine.stretch import Stretch, steps_ahead
+from pagedd_daemon.engine.work import (
+    Request,
+    Sequence,
+    SequenceState,
+    TokenBuffer,
+    WaitingQueue,
+)
 
 _MOST_SHARERS = 16
 """Requests asked per step that turn out to wait for a prefix in flight."""
@@ -54,7 +58,7 @@ class Scheduler:
     def __init__(self, pool: Pool, capabilities: Capabilities) -> None:
         self._pool = pool
         self._caps = capabilities
-        self._waiting: dict[PriorityClass, deque[Request]] = {k: deque() for k in PriorityClass}
+        self._waiting = WaitingQueue()
         self._sequences: dict[int, Sequence] = {}
         self._preempted: list[Sequence] = []
         self._next_seq = 0
@@ -74,7 +78,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request behind those of its class."""
-        self._waiting[request.klass].append(request)
+        self._waiting.add(request)
         self.wake()
 
     def wake(self) -> None:
@@ -84,11 +88,7 @@ class Scheduler:
 
     def withdraw(self, request: Request) -> bool:
         """Take a request off the queue; False if it is not waiting."""
-        try:
-            self._waiting[request.klass].remove(request)
-        except ValueError:
-            return False
-        return True
+        return self._waiting.remove(request)
 
     def fork(self, parent: Sequence) -> list[Sequence]:
         """The other samples of a request whose prompt was just computed, sharing all its blocks."""
@@ -123,7 +123,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return sum(len(queue) for queue in self._waiting.values())
+        return len(self._waiting)
 
     @property
     def idle(self) -> bool:
@@ -136,8 +136,7 @@ class Scheduler:
 
     def queued(self) -> Iterable[Request]:
         """The waiting requests, in the order they will be admitted."""
-        for queue in self._waiting.values():
-            yield from queue
+        return iter(self._waiting)
 
     # ------------------------------------------------------------------------------------- a step
 
@@ -146,7 +145,7 @@ class Scheduler:
         if self._stretch is not None:
             return self._step(self._launched)
         self.settle()
-        decodes = [s for s in self._sequences.values() if _decodes(s)]
+        decodes = [s for s in self._sequences.values() if s.decodes]
         ready, pressed = self._make_room(decodes)
         if not pressed:
             self._resume()
@@ -205,14 +204,7 @@ class Scheduler:
         """Steps that these sequences alone can take before anything needs to be decided."""
         if self._preempted or self.waiting or self._pool.transfers_in_flight:
             return 1
-        left = min(
-            min(
-                s.request.stop.max_tokens - s.generated,
-                self._caps.context_tokens - len(s.tokens),
-            )
-            for s in ready
-        )
-        ahead = min(STRETCH_STEPS, left)
+        ahead = steps_ahead(ready, self._caps.context_tokens)
         if ahead > 1 and self._reserve(ready, [ahead] * len(ready)):
             return 1
         return ahead
@@ -306,18 +298,17 @@ class Scheduler:
         coming_back = [s.request.klass for s in self._preempted if not s.request.paused]
         most_important = min(coming_back, default=None)
         sharers = 0
-        for klass, queue in self._waiting.items():
-            if most_important is not None and klass >= most_important:
+        for request in self._waiting:
+            if most_important is not None and request.klass >= most_important:
                 return
-            for request in tuple(queue):
-                if request.paused:
-                    continue
-                blocked = self._try_admit(request, now)
-                sharers += blocked is DeferReason.PREFIX_IN_FLIGHT
-                if blocked in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
-                    self._page_out_paused()
-                if sharers > _MOST_SHARERS or blocked not in (None, DeferReason.PREFIX_IN_FLIGHT):
-                    return
+            if request.paused:
+                continue
+            blocked = self._try_admit(request, now)
+            sharers += blocked is DeferReason.PREFIX_IN_FLIGHT
+            if blocked in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
+                self._page_out_paused()
+            if sharers > _MOST_SHARERS or blocked not in (None, DeferReason.PREFIX_IN_FLIGHT):
+                return
 
     def _page_out_paused(self) -> None:
         """Somebody waits for room: take it from sequences whose clients do not read."""
@@ -343,10 +334,10 @@ class Scheduler:
             if isinstance(verdict, Deferred):
                 return verdict.reason
             if isinstance(verdict, Denied):
-                self._waiting[request.klass].remove(request)
+                self._waiting.remove(request)
                 self.denied.append((request, verdict))
                 return None
-        self._waiting[request.klass].remove(request)
+        self._waiting.remove(request)
         sampler = Sampler(
             request.sampling,
             request.stop,
@@ -377,7 +368,7 @@ class Scheduler:
         for sequence in self._sequences.values():
             if budget <= 0:
                 break
-            if sequence.pending <= 1 or not _runs(sequence):
+            if sequence.pending <= 1 or not sequence.runs:
                 continue
             count = min(sequence.pending, budget)
             if count < sequence.pending and count > block:
@@ -454,11 +445,3 @@ class Scheduler:
 
 def _buffer(request: Request, known: Tokens) -> TokenBuffer:
     return TokenBuffer(known, min(request.stop.max_tokens, _ROOM_TOKENS))
-
-
-def _runs(sequence: Sequence) -> bool:
-    return sequence.state is SequenceState.RUNNING and not sequence.request.paused
-
-
-def _decodes(sequence: Sequence) -> bool:
-    return sequence.pending == 1 and _runs(sequence)

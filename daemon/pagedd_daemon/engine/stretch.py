@@ -10,6 +10,15 @@ STRETCH_STEPS = 8
 pager's three events cost 230 µs a step with the cold caches that a step of llama.cpp leaves."""
 
 
+def steps_ahead(sequences: list[Sequence], context_tokens: int) -> int:
+    """Steps until the first of these must end, at most `STRETCH_STEPS`."""
+    left = (
+        min(s.request.stop.max_tokens - s.generated, context_tokens - len(s.tokens))
+        for s in sequences
+    )
+    return min(STRETCH_STEPS, *left)
+
+
 class Stretch:
     """While nobody comes, goes, or needs room, a decode step decides nothing: the same sequences
     take their next token. So the pager is told once, of several tokens each; whatever happens ends

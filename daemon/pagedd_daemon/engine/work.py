@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,6 +30,7 @@ class TokenBuffer:
     __slots__ = ("_data", "_length")
 
     def __init__(self, tokens: Tokens, room: int) -> None:
+        """A copy of ``tokens``, with room for more."""
         self._data = np.empty(max(len(tokens) + room, 16), dtype=np.int32)
         self._data[: len(tokens)] = tokens
         self._length = len(tokens)
@@ -100,3 +103,40 @@ class Sequence:
     def generated(self) -> int:
         """Tokens drawn so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it may take part in a step."""
+        return self.state is SequenceState.RUNNING and not self.request.paused
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next step is to compute the token that was drawn last."""
+        return self.pending == 1 and self.runs
+
+
+class WaitingQueue:
+    """Requests that have not begun: by class, and in order of arrival within one."""
+
+    def __init__(self) -> None:
+        self._queues: dict[PriorityClass, deque[Request]] = {k: deque() for k in PriorityClass}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        """In the order of service; the queue may change meanwhile."""
+        for queue in self._queues.values():
+            yield from tuple(queue)
+
+    def add(self, request: Request) -> None:
+        """Behind those of its class."""
+        self._queues[request.klass].append(request)
+
+    def remove(self, request: Request) -> bool:
+        """Take it out; False if it is not waiting."""
+        try:
+            self._queues[request.klass].remove(request)
+        except ValueError:
+            return False
+        return True
