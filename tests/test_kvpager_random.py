@@ -33,7 +33,7 @@ from kvpager.steps import Steps
 from tests.support.pager_world import World, WrongContentError
 
 HISTORIES = int(os.environ.get("KVPAGER_HISTORIES", "10000"))
-REPLAY = os.environ.get("KVPAGER_SEED")
+REPLAY = int(os.environ.get("KVPAGER_SEED", "0"))
 FAILURES = (WrongContentError, InvariantError, ImpossibleEventError, AssertionError)
 
 
@@ -64,9 +64,8 @@ def test_thousands_of_random_histories_read_the_right_contents_and_end() -> None
     assert min(hits, loads, copies, swaps) > HISTORIES / 100, (hits, loads, copies, swaps)
 
 
-@pytest.mark.skipif(REPLAY is None, reason="set KVPAGER_SEED to replay a history")
 def test_replay_of_one_history() -> None:
-    seed = int(REPLAY or 0)
+    seed = REPLAY
     world = World(seed, validate_every=1)
     try:
         world.run(120 if seed % 20 == 0 else 18)
