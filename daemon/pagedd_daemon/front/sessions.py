@@ -57,7 +57,7 @@ class Turn:
             WireError: ``E_BUSY``: the session has a turn running.
         """
         if session.turn is not None:
-            raise WireError("E_BUSY", "this session has a turn running", details={"limit": 1})
+            raise WireError("E_BUSY", "the session has a turn running", details={"limit": 1})
         session.turn = self
         self._session = session
         said = {"role": request.role, "content": request.content}
