@@ -6,6 +6,9 @@ The step loop calls a backend from one thread, in this order per step::
     handle = backend.launch(step)       # may return before the work is done
     result = backend.collect(handle)    # blocks until it is
     for transfer in backend.poll_transfers(): ...
+
+A backend whose ``launch`` returns early takes a second step before the first is collected. The
+tokens that the first will draw are not known by then: the second names them as `PENDING`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ import numpy.typing as npt
 
 from kvpager.types import Instruction, Tokens
 from pagedd_daemon.engine.sampler import Drawn, Sampler
+
+PENDING = -1
+"""In `Run.tokens`: the token that the step before draws for this sequence. Only in a run of one
+token, only where that step is still in flight, and only if its run of this sequence has exactly one
+`Draw`, of this sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,8 @@ class Capabilities:
     max_step_tokens: int
     """Input tokens a step may have at most."""
     asynchronous: bool
-    """Whether ``launch`` returns before the work is done, so that the engine can talk meanwhile."""
+    """Whether ``launch`` returns before the work is done, so that the engine can talk meanwhile and
+    launch a second step, which may name tokens of the first as `PENDING`."""
     keep_cached_on_gpu: bool
     """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
 
@@ -72,7 +81,7 @@ class Run:
     start: int
     """Position of the first token."""
     tokens: Tokens
-    """Input ids, int32, shape ``(n,)``, n >= 1."""
+    """Input ids, int32, shape ``(n,)``, n >= 1; one of them may be `PENDING`."""
     block_table: npt.NDArray[np.int32]
     """Blocks of the sequence up to and with these tokens; a view, valid until the next event."""
     draws: Sequence[Draw] = ()
@@ -154,7 +163,12 @@ class Backend(Protocol):
         ...
 
     def launch(self, step: Step) -> Handle:
-        """Start a step. At most one is in flight."""
+        """Start a step. At most one is in flight, two where it is `Capabilities.asynchronous`; they
+        are collected in the order of their launches.
+
+        A sampler of a second step has not yet accepted the token that the first draws for it: its
+        penalties and its random number are those of one token later.
+        """
         ...
 
     def collect(self, handle: Handle) -> StepResult:

@@ -1,0 +1,1 @@
+"""Triton kernels over the paged KV pool, each beside a torch reference."""
