@@ -30,7 +30,9 @@ from kvpager import (
 from kvpager.pool import Pool
 from kvpager.sequences import SequenceState
 from kvpager.steps import Steps
-from tests.support.pager_world import World, WrongContentError
+from tests.support.pager_ending import Ending
+from tests.support.pager_models import WrongContentError
+from tests.support.pager_world import World
 
 HISTORIES = int(os.environ.get("KVPAGER_HISTORIES", "10000"))
 REPLAY = int(os.environ.get("KVPAGER_SEED", "0"))
@@ -221,7 +223,7 @@ class PagerMachine(RuleBasedStateMachine):
 
     @rule(ok=st.booleans(), which=st.integers(0, 7))
     def end_a_transfer(self, ok: bool, which: int) -> None:
-        live = list(self.world.transfers)
+        live = list(self.world.device.transfers)
         if live:
             self.world.report(live[which % len(live)], ok=ok)
 
@@ -264,7 +266,7 @@ class PagerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
-            self.world.finish()
+            Ending(self.world).finish()
 
 
 TestPagerMachine = PagerMachine.TestCase

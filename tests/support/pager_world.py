@@ -1,22 +1,18 @@
 """A caller, a backend, and a memory for the pager, all simulated, that notice every mistake.
 
 `World` drives one pager through a random history, told by a seed. It carries out each instruction
-on a memory in which every cell holds a number that names (root, all tokens up to this position),
+on a `Device` in which every cell holds a number that names (root, all tokens up to this position),
 and checks what each step reads. Work is as late, or as early, as a real device could make it:
 
 * steps and `CopyBlock` run in order, but at any time up to the step's end;
 * a `Store` or `Load` runs at any time between the instruction and its report, out of order with
   everything except a copy that was asked for before it, and may fail and leave rubbish behind.
-
-With ``keep_cached_on_gpu=False`` a second memory works as llama.cpp's: cells belong to sequences,
-and `Attach` and `Store` need a sequence that holds what they name.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,10 +26,8 @@ from kvpager import (
     Event,
     Fork,
     Free,
-    ImpossibleEventError,
     Instruction,
     Load,
-    Move,
     Pager,
     PagerConfig,
     Preempt,
@@ -52,93 +46,15 @@ from kvpager import (
     StepLaunched,
     StepRetired,
     Store,
-    Tier,
     TransferDone,
     TransferFailed,
     Trim,
     Truncate,
 )
-
-RUBBISH = -1
-WAITING = ("asking", "swapped")
-ROOTS = (bytes(range(32)), bytes(range(1, 33)))
-
-
-class WrongContentError(AssertionError):
-    """A cell does not hold what it should, or an instruction cannot be carried out."""
-
-
-def check(condition: object, what: str) -> None:
-    """Raise `WrongContentError` unless ``condition`` holds."""
-    if not condition:
-        raise WrongContentError(what)
-
-
-@dataclass
-class Launched:
-    """A sequence's part of a step in flight."""
-
-    epoch: int
-    start: int
-    valid: int
-
-
-@dataclass
-class Model:
-    """A sequence, as naively as possible."""
-
-    id: int
-    root: bytes
-    tokens: list[int]
-    width: int = 1
-    group: int = -1
-    status: str = "asking"
-    computed: int = 0
-    in_flight: list[Launched] = field(default_factory=list)
-    kept: bool = False
-    """Swapped, and no transfer has failed since."""
-    blocks: list[int] = field(default_factory=list)
-    contents: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.ids = self.width
-
-    @property
-    def length(self) -> int:
-        return self.computed + sum(item.valid for item in self.in_flight)
-
-    def content(self, end: int) -> list[int]:
-        """What the cells of positions ``0 .. end - 1`` must hold."""
-        while len(self.contents) < end:
-            before = self.contents[-1] if self.contents else int.from_bytes(self.root[:4], "little")
-            token = self.tokens[len(self.contents)]
-            self.contents.append(hash((before, token)) & 0x7FFFFFFFFFFFFFFF)
-        return self.contents[:end]
-
-    def cut(self, length: int) -> None:
-        del self.tokens[length:]
-        del self.contents[length:]
-
-
-@dataclass
-class RunSim:
-    """A sequence's part of a step, as the device sees it."""
-
-    seq: int
-    start: int
-    table: list[int]
-    tokens: list[int]
-    expected: list[int]
-    """Contents of all positions up to the run's end."""
-    poisoned: bool
-
-
-@dataclass
-class StepSim:
-    epoch: int
-    runs: list[RunSim]
-    fails: bool
-    executed: bool = False
+from tests.support.pager_device import Device
+from tests.support.pager_ending import Ending
+from tests.support.pager_models import ROOTS, WAITING, Launched, Model, RunSim, StepSim, check
+from tests.support.pager_nonsense import nonsense_for, refused
 
 
 class World:
@@ -160,19 +76,7 @@ class World:
         self.most_in_flight = 1 if self.llama else 3
         self.validate_every = validate_every
         self.models: dict[int, Model] = {}
-        self.memory = [[RUBBISH] * self.size for _ in range(self.config.gpu_blocks)]
-        self.below = {
-            Tier.RAM: [[RUBBISH] * self.size for _ in range(self.config.ram_blocks)],
-            Tier.DISK: [[RUBBISH] * self.size for _ in range(self.config.disk_blocks)],
-        }
-        self.cells: dict[int, dict[int, int]] = {}
-        self.stored_cells: dict[tuple[Tier, int], list[int]] = {}
-        self.queue: list[CopyBlock | StepSim] = []
-        self.executed = 0
-        self.steps: list[StepSim] = []
-        self.transfers: dict[int, Store | Load | Spill] = {}
-        self.issued_at: dict[int, int] = {}
-        self.early: set[int] = set()
+        self.device = Device(self.config, self.models, self.rng)
         self.short: set[int] = set()
         self.ceilings = dict.fromkeys(ROOTS, 0)
         self.held_before = dict.fromkeys(ROOTS, 0)
@@ -217,7 +121,7 @@ class World:
         choices, weights = zip(*rules, strict=True)
         for rule in self.rng.choices(choices, weights, k=events):
             rule()
-        self.finish()
+        Ending(self).finish()
 
     def send(self, event: Event) -> list[Instruction]:
         """Hand an event to the pager, carry out what it says, and compare it with the models."""
@@ -234,7 +138,7 @@ class World:
 
     def compare(self) -> None:
         """Lengths as the models have them; no block handed out that a step may touch."""
-        named = {block for step in self.steps for run in step.runs for block in run.table}
+        named = self.device.named()
         for model in self.models.values():
             if model.status == "asking":
                 continue
@@ -299,7 +203,7 @@ class World:
             self.send(Resume(model.id))
 
     def step(self) -> None:
-        if len(self.steps) >= self.most_in_flight:
+        if len(self.device.steps) >= self.most_in_flight:
             return
         ready = self.of("running")
         chosen = self.rng.sample(ready, self.rng.randint(0, len(ready)))
@@ -324,7 +228,7 @@ class World:
                 model.tokens.append(self.rng.randint(0, 1))
             poisoned = any(
                 step.fails and item.epoch == step.epoch and item.valid and item.start < start
-                for step in self.steps
+                for step in self.device.steps
                 for item in model.in_flight
             )
             table = self.pager.block_table(model.id).tolist()
@@ -338,10 +242,10 @@ class World:
         for model, count in work:
             model.in_flight.append(Launched(epoch, model.length, count))
         step = StepSim(epoch, runs, fails)
-        self.steps.append(step)
-        self.queue.append(step)
+        self.device.steps.append(step)
+        self.device.queue.append(step)
         if self.llama:
-            self.step_cells(step)
+            self.device.step_cells(step)
         self.send(StepLaunched(epoch, ids, counts))
 
     def check_own(self, model: Model, blocks: list[int]) -> None:
@@ -351,11 +255,11 @@ class World:
                 check(not shared, f"{model.id} is to write {shared}, which {other.id} holds too")
 
     def end_step(self) -> None:
-        if not self.steps:
+        if not self.device.steps:
             return
-        step = self.steps[0]
-        self.flush(self.queue.index(step) + 1 if not step.executed else 0)
-        self.steps.pop(0)
+        step = self.device.steps[0]
+        self.device.flush(self.device.queue.index(step) + 1 if not step.executed else 0)
+        self.device.steps.pop(0)
         if step.fails:
             for run in step.runs:
                 self.undo(self.models[run.seq], step.epoch)
@@ -377,35 +281,22 @@ class World:
                 later.valid = 0
 
     def end_transfer(self) -> None:
-        if not self.transfers:
+        if not self.device.transfers:
             return
-        transfer = self.rng.choice(list(self.transfers))
+        transfer = self.rng.choice(list(self.device.transfers))
         self.report(transfer, ok=self.rng.random() > 0.08)
 
     def report(self, transfer: int, *, ok: bool) -> None:
-        what = self.transfers.pop(transfer)
+        what = self.device.transfers.pop(transfer)
         if ok:
-            if transfer not in self.early:
-                self.move(what)
+            if transfer not in self.device.early:
+                self.device.move(what)
             self.send(TransferDone(transfer))
             return
-        self.leave_rubbish(what)
+        self.device.leave_rubbish(what)
         for model in self.models.values():
             model.kept = False
         self.send(TransferFailed(transfer))
-
-    def leave_rubbish(self, what: Store | Load | Spill) -> None:
-        """Where a failed transfer was to write."""
-        rubbish = [RUBBISH] * self.size
-        if isinstance(what, Load):
-            for page in what.pages:
-                self.memory[page.block] = rubbish[:]
-            return
-        tier = what.target if isinstance(what, Spill) else what.tier
-        for item in what.pages:
-            slot = item.target if isinstance(item, Move) else item.slot
-            self.below[tier][slot] = rubbish[:]
-            self.stored_cells.pop((tier, slot), None)
 
     def fork(self) -> None:
         model = self.pick("running")
@@ -479,137 +370,34 @@ class World:
         self.ceilings[root] = ceiling
         self.send(SetQuota(root, floor, ceiling))
 
-    def idle(self) -> None:
-        """The device gets on with its work."""
-        self.flush(self.rng.randint(0, len(self.queue)))
-        self.pager.stats()
-
     def impossible(self) -> None:
         """Nonsense is refused, and changes nothing."""
-        rng = self.rng
-        some = rng.choice([*self.models, 10**6])
-        status = self.models[some].status if some in self.models else "unknown"
-        nonsense: list[Event] = [
-            StepRetired(self.next_epoch, ()),
-            StepFailed(self.next_epoch + 1),
-            TransferDone(10**6),
-            TransferFailed(0),
-            Pressure(self.config.gpu_blocks + 1),
-            SetQuota(ROOTS[0], 5, 4),
-            Fork(10**6, (1,)),
-            StepLaunched(self.next_epoch - 5, (), ()),
-            Admit(some, np.array([], dtype=np.int32), ROOTS[0]),
-        ]
-        if status != "running":
-            nonsense += [Reserve((some,), (1,)), StepLaunched(self.next_epoch, (some,), (1,))]
-        if status in ("asking", "ending", "unknown"):
-            nonsense += [Free(some), Truncate(some, 0), Preempt(some), Resume(some)]
-        if status == "running":
-            nonsense += [
-                Resume(some),
-                Truncate(some, self.models[some].length + 1),
-                Truncate(some, -1),
-                StepLaunched(self.next_epoch, (some,), (10**6,)),
-                Fork(some, (some,)),
-                Reserve((some,), (0,)),
-            ]
-        before = fingerprint(self.pager)
-        event = rng.choice(nonsense)
-        try:
-            out = self.pager.handle(event)
-        except ImpossibleEventError as error:
-            check(error.story is not None, "an error without a story")
-        else:
-            raise WrongContentError(f"{event} was accepted: {out}")
-        check(fingerprint(self.pager) == before, f"{event} was refused, but changed something")
+        refused(self.pager, self.rng.choice(nonsense_for(self)))
 
-    # ------------------------------------------------------------------------------ to the end
-
-    def finish(self) -> None:
-        """Every sequence runs to its end, and then nothing is held any more."""
-        self.send(Pressure(self.config.gpu_blocks))
-        for root in ROOTS:
-            self.ceilings[root] = 0
-            self.send(SetQuota(root))
-        for _ in range(40 + 60 * len(self.models)):
-            if not self.models:
-                break
-            self.one_round()
-        self.settle()
-        check(not self.models, f"these never end: {list(self.models.values())}")
-        self.pager.validate()
-        stats = self.pager.stats()
-        check(stats.gpu.used == 0, f"blocks still used: {stats.gpu}")
-        used = stats.ram.used + stats.disk.used
-        check(used == 0, f"slots still used: {stats.ram}, {stats.disk}")
-        check(not self.llama or not self.cells, f"the backend still has {list(self.cells)}")
-
-    def settle(self) -> None:
-        rounds = 0
-        while self.steps or self.transfers:
-            rounds += 1
-            check(rounds <= 200, "copies in background beget one another for ever")
-            while self.steps:
-                self.end_step()
-            for transfer in list(self.transfers):
-                self.report(transfer, ok=True)
-
-    def one_round(self) -> None:
-        """What a simple scheduler does."""
-        self.settle()
-        for model in self.of("running"):
-            if model.computed == len(model.tokens):
-                self.end(model)
-        self.settle()
-        for model in [*self.of("swapped"), *self.of("asking")]:
-            if model.status == "swapped":
-                self.send(Resume(model.id))
-            elif model.status == "asking":
-                self.ask(model)
-        self.settle()
-        running = [model for model in self.of("running") if model.computed < len(model.tokens)]
-        work = []
-        for model in running:
-            if model.status != "running":
-                continue
-            count = len(model.tokens) - model.computed
-            self.send(Reserve((model.id,), (count,)))
-            if model.id in self.short and count > 1:
-                count = 1
-                self.send(Reserve((model.id,), (count,)))
-            if model.id in self.short and len(self.models) == 1:
-                model.cut(model.computed)  # longer than the pool: its caller would end it
-            elif model.id in self.short:
-                victim = self.pager.choose_victim([item.id for item in self.of("running")])
-                if victim is not None:
-                    group = self.models[victim].group
-                    for item in self.of("running", "loading"):
-                        if item.id == victim or (group >= 0 and item.group == group):
-                            item.status = "stepping aside"
-                    self.send(Preempt(victim))
-            else:
-                work.append((model, count))
-        self.launch([(model, count) for model, count in work if model.status == "running"])
+    def idle(self) -> None:
+        """The device gets on with its work."""
+        self.device.flush(self.rng.randint(0, len(self.device.queue)))
+        self.pager.stats()
 
     # ---------------------------------------------------------------------------- instructions
 
     def apply(self, instruction: Instruction) -> None:
         """Carry out an instruction, or see to it that it is carried out later."""
         if isinstance(instruction, CopyBlock):
-            self.queue.append(instruction)
+            self.device.queue.append(instruction)
             model = self.models[instruction.seq]
             model.blocks[instruction.index] = instruction.dst
-            named = {block for step in self.steps for run in step.runs for block in run.table}
+            named = self.device.named()
             check(instruction.dst not in named, f"{instruction}: a step may touch its target")
         elif isinstance(instruction, (Store, Load, Spill)):
-            self.begin(instruction)
+            self.device.begin(instruction)
         elif isinstance(instruction, Attach):
             blocks = self.models[instruction.seq].blocks
             end = instruction.first + len(instruction.blocks)
             blocks += [-1] * (end - len(blocks))
             blocks[instruction.first : end] = instruction.blocks
             if self.llama:
-                self.attach_cells(instruction)
+                self.device.attach_cells(instruction)
         elif isinstance(instruction, Reserved):
             self.short = {item.seq for item in instruction.short}
             check(all(item.missing_blocks > 0 for item in instruction.short), "short of nothing")
@@ -618,7 +406,7 @@ class World:
             if model.status in ("loading", "stepping aside", "ending") and not model.in_flight:
                 # A load failed; `Runnable` says so when the last of them has ended, if at all.
                 model.computed = min(model.computed, instruction.length)
-            cells = self.cells.get(instruction.seq, {})
+            cells = self.device.cells.get(instruction.seq, {})
             for position in [position for position in cells if position >= instruction.length]:
                 del cells[position]
         else:
@@ -652,7 +440,7 @@ class World:
             model.computed = instruction.computed
             model.status = "running"
         elif isinstance(instruction, Release):
-            self.cells.pop(model.id, None)
+            self.device.cells.pop(model.id, None)
             if model.status == "ending":
                 del self.models[model.id]
         elif isinstance(instruction, Preempted):
@@ -661,157 +449,3 @@ class World:
             model.status = "swapped"
             model.kept = instruction.mode is PreemptMode.SWAP
             model.blocks = []
-
-    # ------------------------------------------------------------------------------ the device
-
-    def flush(self, count: int) -> None:
-        """The device carries out the next ``count`` things it was given."""
-        for item in self.queue[:count]:
-            if isinstance(item, CopyBlock):
-                self.memory[item.dst] = self.memory[item.src][: item.tokens] + [RUBBISH] * (
-                    self.size - item.tokens
-                )
-            else:
-                self.execute(item)
-        del self.queue[:count]
-        self.executed += count
-
-    def execute(self, step: StepSim) -> None:
-        step.executed = True
-        for run in step.runs:
-            for position, content in enumerate(run.expected):
-                block, offset = run.table[position // self.size], position % self.size
-                if position >= run.start:
-                    rubbish = run.poisoned or step.fails
-                    self.memory[block][offset] = RUBBISH if rubbish else content
-                elif not run.poisoned:
-                    check(
-                        self.memory[block][offset] == content,
-                        f"step {step.epoch} reads a wrong position {position} of {run.seq}",
-                    )
-
-    def begin(self, what: Store | Load | Spill) -> None:
-        self.transfers[what.transfer] = what
-        # Copies that were asked for before come first; steps in flight need not.
-        copies = [i for i, item in enumerate(self.queue) if isinstance(item, CopyBlock)]
-        self.flush(copies[-1] + 1 if copies else 0)
-        if isinstance(what, Load):
-            named = {block for step in self.steps for run in step.runs for block in run.table}
-            for page in what.pages:
-                check(page.block not in named, f"{what}: a step may touch block {page.block}")
-        elif self.llama and isinstance(what, Store):
-            self.store_cells(what)
-        if self.rng.random() < 0.5:
-            self.early.add(what.transfer)
-            self.move(what)
-
-    def move(self, what: Store | Load | Spill) -> None:
-        if isinstance(what, Spill):
-            for move in what.pages:
-                self.below[what.target][move.target] = self.below[what.source][move.source][:]
-                if self.llama:
-                    stored = self.stored_cells[what.source, move.source]
-                    self.stored_cells[what.target, move.target] = stored
-            return
-        below = self.below[what.tier]
-        for page in what.pages:
-            padding = [RUBBISH] * (self.size - page.tokens)
-            if isinstance(what, Store):
-                below[page.slot] = self.memory[page.block][: page.tokens] + padding
-            else:
-                self.memory[page.block] = below[page.slot][: page.tokens] + padding
-        if isinstance(what, Load) and self.llama:
-            cells = self.cells.setdefault(what.seq, {})
-            for page in what.pages:
-                start = page.index * self.size
-                kept = self.stored_cells.get((what.tier, page.slot))
-                check(kept is not None, f"{what}: nothing in slot {page.slot}")
-                assert kept is not None
-                for offset, content in enumerate(kept[: page.tokens]):
-                    cells[start + offset] = content
-
-    # ------------------------------------------------------------------- cells, as llama.cpp's
-
-    def step_cells(self, step: StepSim) -> None:
-        for run in step.runs:
-            cells = self.cells.setdefault(run.seq, {})
-            check(sorted(cells) == list(range(run.start)), f"{run.seq} has cells {sorted(cells)}")
-            if not run.poisoned:
-                held = [cells[position] for position in range(run.start)]
-                check(held == run.expected[: run.start], f"cells of {run.seq}")
-            for position in range(run.start, len(run.expected)):
-                cells[position] = RUBBISH if step.fails else run.expected[position]
-
-    def attach_cells(self, attach: Attach) -> None:
-        target = self.cells.setdefault(attach.seq, {})
-        for i, block in enumerate(attach.blocks):
-            index = attach.first + i
-            start = index * self.size
-            end = min(start + self.size, attach.first * self.size + attach.tokens)
-            holder = next(
-                (
-                    model
-                    for model in self.models.values()
-                    if model.id != attach.seq
-                    and model.blocks[index : index + 1] == [block]
-                    and all(at in self.cells.get(model.id, {}) for at in range(start, end))
-                ),
-                None,
-            )
-            check(holder is not None, f"{attach}: nobody holds block {block}")
-            assert holder is not None
-            for position in range(start, end):
-                target[position] = self.cells[holder.id][position]
-
-    def store_cells(self, store: Store) -> None:
-        cells = self.cells.get(store.seq)
-        check(cells is not None, f"{store}: the backend has no such sequence")
-        assert cells is not None
-        for page in store.pages:
-            start = page.index * self.size
-            held = [cells.get(start + offset) for offset in range(page.tokens)]
-            check(None not in held, f"{store}: the sequence does not hold page {page.index}")
-            self.stored_cells[store.tier, page.slot] = [item for item in held if item is not None]
-
-
-def fingerprint(pager: Pager) -> list[object]:
-    """Everything a pager is made of, stories aside."""
-    pool, seqs, transfers = pager._pool, pager._seqs, pager._transfers
-    arrays = pool.blocks
-    seen: list[object] = [
-        arrays.limit,
-        *(bytes(item) for item in (arrays.refcount, arrays.pins, arrays.state, arrays.node)),
-        bytes(arrays.epoch),
-        list(arrays.free),
-        list(arrays.cached),
-        list(arrays.dying),
-        *(bytes(item) for item in (*pool.index.where, *pool.index.children, pool.index.parent)),
-        [
-            (bytes(tier.state), bytes(tier.holds), bytes(tier.pins), bytes(tier.node))
-            for tier in pool.lower.values()
-        ],
-        [list(tier.cached) for tier in pool.lower.values()],
-        [(s.root, s.members, s.used, s.floor, s.ceiling) for s in seqs.quotas.by_root.values()],
-        pool.retired_epoch,
-        dict(pool.loading),
-        (seqs.ids_used, seqs.launched_epoch, seqs.retired_epoch, sorted(seqs.runnable.items())),
-        [sorted(item) for item in (seqs.pending, seqs.prefilling, seqs.swapped, seqs.trimming)],
-        [(record.epoch, record.valid.tolist()) for record in seqs.steps],
-        sorted(transfers.live),
-    ]
-    for state in seqs.by_id.values():
-        slot = state.slot
-        seen.append((state.id, slot, state.status, state.blocks_held.tolist(), bytes(state.chain)))
-        seen.append((state.ids, state.held[:], state.known[: state.known_tokens].tolist()))
-        seen += [
-            values[slot].tolist()
-            for values in (
-                seqs.computed,
-                seqs.length,
-                seqs.capacity,
-                seqs.promised,
-                seqs.write_block,
-                seqs.in_flight,
-            )
-        ]
-    return seen
