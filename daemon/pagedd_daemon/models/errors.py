@@ -40,3 +40,11 @@ class ModelFileError(ModelError):
         super().__init__(f"{path}: {reason}", {**(details or {}), "path": str(path)})
         self.path = path
         self.reason = reason
+
+
+class UnsupportedModelError(ModelError):
+    """Well-formed, but not a model the torch backend computes; llama.cpp may."""
+
+
+class ModelTooLargeError(ModelError):
+    """Weights and the least KV do not fit into the free memory; ``details`` has the figures."""

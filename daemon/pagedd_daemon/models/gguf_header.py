@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pagedd_daemon.models.errors import ModelFileError
+from pagedd_daemon.models.files import open_regular, sample
 from pagedd_daemon.models.ggml_types import (
     ARRAY,
     BOOL,
@@ -93,9 +93,6 @@ class GgufHeader:
     evenly spaced pieces of `SAMPLE_BYTES`, so that it takes milliseconds for a file of any size."""
 
 
-SAMPLES = 64
-SAMPLE_BYTES = 65_536
-
 _MAGIC = b"GGUF"
 _WINDOW_BYTES = 2**20
 _KEPT_STRING_BYTES = 1024
@@ -115,7 +112,7 @@ def read_header(path: Path, limits: HeaderLimits | None = None) -> GgufHeader:
     Raises:
         ModelFileError: It cannot be read, is no GGUF model, or is damaged.
     """
-    fd = _open(path)
+    fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
         header = _Header(path, fd, size, limits or HeaderLimits())
@@ -124,43 +121,6 @@ def read_header(path: Path, limits: HeaderLimits | None = None) -> GgufHeader:
         raise ModelFileError(path, f"cannot be read: {error.strerror}") from error
     finally:
         os.close(fd)
-
-
-def _open(path: Path) -> int:
-    """A descriptor of a regular file."""
-    try:
-        kind = os.stat(path).st_mode
-        if not stat.S_ISREG(kind):
-            raise ModelFileError(path, f"is {_kind_name(kind)}, not a file")
-        # Not blocking, and looked at again, in case it was just replaced by a pipe.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except FileNotFoundError:
-        if path.is_symlink():
-            reason = f"is a symbolic link to {os.readlink(path)}, which does not exist"
-        else:
-            reason = "does not exist"
-        raise ModelFileError(path, reason) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelFileError(path, f"cannot be opened: {reason}") from error
-    kind = os.fstat(fd).st_mode
-    if not stat.S_ISREG(kind):
-        os.close(fd)
-        raise ModelFileError(path, f"is {_kind_name(kind)}, not a file")
-    return fd
-
-
-def _kind_name(mode: int) -> str:
-    for test, name in (
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISFIFO, "a named pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a character device"),
-        (stat.S_ISBLK, "a block device"),
-    ):
-        if test(mode):
-            return name
-    return "no regular file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,10 +356,7 @@ class _Header:
     def _digest(self, end: int) -> bytes:
         digest = self._hash
         digest.update(self._window[: end - self._base])
-        digest.update(_U64.pack(self._size))
-        last = max(self._size - SAMPLE_BYTES, 0)
-        for index in range(SAMPLES):
-            digest.update(os.pread(self._fd, SAMPLE_BYTES, last * index // (SAMPLES - 1)))
+        sample(digest, self._fd, self._size)
         return digest.digest()
 
     # ---------------------------------------------------------------------------- bounded reads

@@ -1,0 +1,18 @@
+"""What a path holds: a GGUF file or a folder in Hugging Face's layout, headers checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pagedd_daemon.models.folder import read_folder
+from pagedd_daemon.models.stored import StoredModel
+
+
+def read_model(path: Path) -> StoredModel:
+    """The model at a path: its configuration and where its tensors lie.
+
+    Raises:
+        UnsupportedModelError: The architecture is not one the torch backend computes.
+        ModelFileError: A file is missing or wrong.
+    """
+    return read_folder(path)
