@@ -51,6 +51,7 @@ class Bench:
         ram_blocks: int = 1024,
         llama: bool = False,
         verify: bool = True,
+        page_s: float = 0.0,
     ) -> None:
         self.now = 0.0
         configure = m.Configure(
@@ -71,6 +72,7 @@ class Bench:
             capabilities,
             step_s=0.010,
             token_s=0.002,
+            page_s=page_s,
             verify=verify,
             clock=lambda: self.now,
             wait=self._wait,
@@ -176,6 +178,20 @@ def test_a_full_pool_pages_out_and_changes_nothing(llama: bool) -> None:
         assert tight.outcomes[rid].reasons == {0: "length"}
     pager = tight.engine.snapshot().figures["pager"]
     assert pager["preemptions_swap"] + pager["preemptions_recompute"] > 0
+
+
+@pytest.mark.parametrize(("page_s", "swaps"), [(0.001, True), (1.0, False)])
+def test_victims_are_swapped_or_computed_again_by_what_transfers_were_seen_to_take(
+    page_s: float, swaps: bool
+) -> None:
+    # Computing takes 2 ms a token, so 32 ms a page.
+    bench = Bench(kv_tokens=640, page_s=page_s)
+    for rid in range(24):
+        bench.submit(rid, prompt_of(rid, 40), max_tokens=100, ignore_eos=True)
+    bench.run()
+    stats = bench.engine._pool.pager.stats()
+    assert stats.preemptions_swap + stats.preemptions_recompute > 8
+    assert (stats.preemptions_swap > stats.preemptions_recompute) is swaps
 
 
 def test_a_full_pool_without_a_ram_tier_recomputes_and_changes_nothing() -> None:

@@ -13,7 +13,6 @@ from kvpager import (
     DeferReason,
     Deferred,
     Denied,
-    Event,
     Fork,
     Free,
     ImpossibleEventError,
@@ -25,14 +24,11 @@ from kvpager import (
     Preempt,
     Preempted,
     PreemptMode,
-    Pressure,
-    PriorityClass,
     Release,
     Reserve,
     Reserved,
     Resume,
     Runnable,
-    SetQuota,
     Shortage,
     Spill,
     StepFailed,
@@ -40,81 +36,12 @@ from kvpager import (
     StepRetired,
     Store,
     Tier,
-    Tokens,
     TransferDone,
     TransferFailed,
     Trim,
     Truncate,
 )
-
-ROOT, OTHER_ROOT = bytes(32), bytes(range(32))
-SIZE = 4
-
-
-def ids(count: int, start: int = 0) -> Tokens:
-    return np.arange(start, start + count, dtype=np.int32)
-
-
-class Caller:
-    """A pager with a caller that checks every invariant after every event."""
-
-    def __init__(
-        self,
-        gpu: int = 32,
-        ram: int = 0,
-        *,
-        disk: int = 0,
-        keep: bool = True,
-        max_sequences: int = 0,
-        margin: float = 0.0,
-        reserve: float = 0.25,
-    ) -> None:
-        self.pager = Pager(
-            PagerConfig(
-                gpu_blocks=gpu,
-                ram_blocks=ram,
-                disk_blocks=disk,
-                block_tokens=SIZE,
-                max_sequences=max_sequences,
-                keep_cached_on_gpu=keep,
-                growth_margin=margin,
-                ram_swap_reserve=reserve,
-            )
-        )
-        self.epoch = 0
-        self.validate = True
-
-    def __call__(self, event: Event) -> list[Instruction]:
-        out = self.pager.handle(event)
-        if self.validate:
-            self.pager.validate()
-        return out
-
-    def admit(self, seq: int, tokens: Tokens, root: bytes = ROOT, **more: int) -> list[Instruction]:
-        klass = PriorityClass(more.pop("klass", PriorityClass.NORMAL))
-        return self(Admit(seq, tokens, root, klass, more.get("width", 1), more.get("group", -1)))
-
-    def launch(self, seq: int, count: int) -> int:
-        self(Reserve((seq,), (count,)))
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        self(StepLaunched(epoch, (seq,), (count,)))
-        return epoch
-
-    def compute(self, seq: int, tokens: Tokens) -> list[Instruction]:
-        return self(StepRetired(self.launch(seq, len(tokens)), (tokens,)))
-
-    def prompt(self, seq: int, tokens: Tokens, root: bytes = ROOT, **more: int) -> None:
-        """Admit a sequence that shares nothing and compute its prompt."""
-        assert self.admit(seq, tokens, root, **more) == [Admitted(seq, 0, False)]
-        self.compute(seq, tokens)
-
-    def table(self, seq: int) -> tuple[int, ...]:
-        return tuple(int(block) for block in self.pager.block_table(seq))
-
-    @property
-    def free(self) -> int:
-        return self.pager.stats().gpu.free
-
+from tests.support.pager_caller import OTHER_ROOT, SIZE, Caller, ids
 
 # ----------------------------------------------------------------------------------- sharing
 
@@ -602,91 +529,6 @@ def test_a_load_from_disk_that_fails_leaves_what_came_from_ram() -> None:
 
 
 # ------------------------------------------------------------------------ victims and pressure
-
-
-def test_the_victim_is_the_newest_of_the_lowest_class_and_never_one_just_resumed() -> None:
-    caller = Caller(ram=32)
-    for seq, klass in ((1, 0), (2, 2), (3, 2), (4, 1)):
-        caller.prompt(seq, ids(5, 100 * seq), klass=klass)
-    choose = caller.pager.choose_victim
-    assert choose((1, 2, 3, 4)) == 3
-    caller(Preempt(3, PreemptMode.RECOMPUTE))
-    assert choose((1, 2, 3, 4)) == 2
-    assert caller(Resume(3))[-1] == Admitted(3, 4, False)
-    assert choose((1, 2, 3, 4)) == 2
-    caller.compute(3, ids(1, 304))
-    assert choose((1, 2, 3, 4)) == 3
-    assert choose(()) is None
-
-
-def test_auto_preempts_as_the_measured_rates_say() -> None:
-    caller = Caller(ram=32)
-    caller.pager.observe(
-        prefill_tokens_per_s=1e6, load_tokens_per_s=100.0, store_tokens_per_s=100.0
-    )
-    caller.prompt(1, ids(10))
-    caller.admit(2, ids(10))
-    assert caller(Preempt(2))[-1] == Preempted(2, PreemptMode.RECOMPUTE, 0)
-    caller.pager.observe(prefill_tokens_per_s=1.0)
-    for _ in range(80):
-        caller.pager.observe(
-            prefill_tokens_per_s=1.0, load_tokens_per_s=1e6, store_tokens_per_s=1e6
-        )
-    assert caller(Preempt(1))[-1] == Preempted(1, PreemptMode.SWAP, 0)
-
-
-def test_a_namespace_gets_no_more_than_its_ceiling_and_says_so() -> None:
-    caller = Caller(gpu=16)
-    caller(SetQuota(ROOT, 0, 4))
-    assert caller.admit(1, ids(16)) == [Denied(1, 5, 4)]
-    caller.prompt(2, ids(8))
-    assert caller.admit(3, ids(12, 50)) == [Deferred(3, DeferReason.QUOTA, 3, 2)]
-    # What it shares with itself counts once.
-    caller.admit(4, ids(9))
-    assert caller.pager.namespace_blocks(ROOT) == 3
-    caller.compute(4, ids(4, 8))
-    assert caller(Reserve((4,), (1,))) == [Reserved(())]
-    assert caller(Reserve((2,), (1,))) == [Reserved((Shortage(2, 1, DeferReason.QUOTA),))]
-    # Others are not concerned, and what it has cached is not what it holds.
-    caller.prompt(5, ids(20), OTHER_ROOT)
-    caller(Free(4))
-    assert caller(Reserve((2,), (1,))) == [Reserved(())]
-
-
-def test_the_victim_of_a_class_is_of_the_namespace_most_over_its_floor() -> None:
-    caller = Caller(gpu=32)
-    caller.prompt(1, ids(20), ROOT)
-    caller.prompt(2, ids(12), OTHER_ROOT)
-    caller.prompt(3, ids(4, 90), ROOT, klass=2)
-    choose = caller.pager.choose_victim
-    assert choose((1, 2)) == 2
-    caller(SetQuota(ROOT, 0, 0))
-    caller(SetQuota(OTHER_ROOT, 1, 0))
-    assert choose((1, 2)) == 1
-    # At its floor it is spared, whatever its class, unless nobody else is left.
-    caller(SetQuota(ROOT, 6, 0))
-    assert choose((1, 2, 3)) == 2
-    assert choose((1, 3)) == 3
-
-
-def test_pressure_drains_blocks_and_gives_them_back() -> None:
-    caller = Caller(gpu=8)
-    caller.prompt(1, ids(12))
-    caller.prompt(2, ids(12, 50))
-    caller(Free(1))
-    caller(Pressure(3))
-    stats = caller.pager.stats()
-    # The cached blocks 0 to 2 stay; 3 to 5 drain when their sequence lets go of them.
-    assert (stats.gpu.total, stats.gpu.used) == (6, 3)
-    (answer,) = caller.admit(3, ids(13, 90))
-    assert isinstance(answer, Deferred)
-    caller(Free(2))
-    assert caller.pager.stats().gpu.total == 3
-    caller(Pressure(8))
-    assert caller.admit(3, ids(20, 90))[-1] == Admitted(3, 0, False)
-
-
-# ---------------------------------------------------------------------------------- bad input
 
 
 def test_errors_and_broken_invariants_tell_the_story() -> None:

@@ -52,7 +52,7 @@ class TimingBackend:
         self._model = model
         self._block_tokens = block_tokens
         self._ended: list[TransferResult] = []
-        self._overlapped: list[tuple[float, int]] = []
+        self._overlapped: list[tuple[float, TransferResult]] = []
         self._link_free_s = 0.0
         self._blocked_s = 0.0
         self.capabilities = Capabilities(
@@ -82,10 +82,11 @@ class TimingBackend:
                 seconds = self._model.transfer(len(pages) * self._block_tokens, len(pages))
                 if isinstance(instruction, Store) and instruction.seq < 0:
                     self._link_free_s = max(self._link_free_s, self.now_s) + seconds
-                    self._overlapped.append((self._link_free_s, instruction.transfer))
+                    result = TransferResult(instruction.transfer, ok=True, seconds=seconds)
+                    self._overlapped.append((self._link_free_s, result))
                 else:
                     self._blocked_s += seconds
-                    self._ended.append(TransferResult(instruction.transfer, ok=True))
+                    self._ended.append(TransferResult(instruction.transfer, True, seconds))
 
     def launch(self, step: Step) -> Handle:
         """See `Backend`."""
@@ -106,7 +107,7 @@ class TimingBackend:
         """See `Backend`."""
         ended, self._ended = self._ended, []
         while self._overlapped and self._overlapped[0][0] <= self.now_s:
-            ended.append(TransferResult(self._overlapped.pop(0)[1], ok=True))
+            ended.append(self._overlapped.pop(0)[1])
         return ended
 
     def wait(self, until_s: float) -> None:

@@ -243,6 +243,7 @@ class Endings:
         seqs.swapped[state.id] = state
         lost = 0 if swapped else computed - self._keeping.found_again(state, full)
         mode = PreemptMode.SWAP if swapped else PreemptMode.RECOMPUTE
+        state.preemptions += 1
         self.preemptions[mode] += 1
         seqs.tell(state, f"preempted by {mode.value}, lost {lost} of {computed}")
         out.append(Preempted(state.id, mode, lost))

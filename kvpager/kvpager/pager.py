@@ -16,7 +16,7 @@ from kvpager.invariants import check
 from kvpager.keeping import Keeping
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
-from kvpager.sequences import SequenceState, SequenceTable, Status
+from kvpager.sequences import SequenceTable, Status
 from kvpager.steps import Steps
 from kvpager.transfers import Transfers
 from kvpager.types import (
@@ -39,11 +39,13 @@ from kvpager.types import (
     StepFailed,
     StepLaunched,
     StepRetired,
+    Tier,
     TierUsage,
     TransferDone,
     TransferFailed,
     Truncate,
 )
+from kvpager.victims import Victims
 
 
 class Pager:
@@ -72,6 +74,7 @@ class Pager:
         self._steps = Steps(self._pool, self._seqs)
         self._keeping = Keeping(self._pool, self._seqs, self._transfers, self._cost)
         self._endings = Endings(self._pool, self._seqs, self._keeping)
+        self._victims = Victims(self._pool, self._seqs, self._cost)
 
     # -------------------------------------------------------------------------------- events
 
@@ -173,16 +176,19 @@ class Pager:
         prefill_tokens_per_s: float | None = None,
         load_tokens_per_s: float | None = None,
         store_tokens_per_s: float | None = None,
+        tier: Tier = Tier.RAM,
     ) -> None:
-        """Feed measured rates to the cost model behind `PreemptMode.AUTO`.
+        """Feed measured rates, of ``tier`` where they are of transfers, to the cost model behind
+        `PreemptMode.AUTO` and `choose_victim`.
 
         Raises:
-            ValueError: A rate is not positive.
+            ValueError: A rate is not positive, or the tier is the first.
         """
         self._cost.observe(
             prefill_tokens_per_s=prefill_tokens_per_s,
             load_tokens_per_s=load_tokens_per_s,
             store_tokens_per_s=store_tokens_per_s,
+            tier=tier,
         )
 
     # ------------------------------------------------------------------------------ questions
@@ -231,27 +237,14 @@ class Pager:
     def choose_victim(self, candidates: Sequence[int]) -> int | None:
         """Who should be preempted.
 
-        Lowest class first, then the namespace most over its quota, then the newest admission. A
-        namespace at or below its floor is spared while there is another. Never one that has been
-        resumed and has not computed a token since, so that nothing thrashes, nor one that does
-        not run. None if nobody is left.
+        Lowest class first, then the namespace most over its quota, then whoever costs least time
+        for each block that becomes free: the cheaper of swap and recompute at the measured rates
+        (`observe`), more for each time that it has been preempted; within a factor of two the
+        newest admission. A namespace at or below its floor is spared while there is another. Never
+        one that has been resumed, or whose group has, and has not computed a token since, so that
+        nothing thrashes, nor one that does not run. None if nobody is left.
         """
-        seqs = self._seqs
-        eligible = [
-            seqs.by_id[seq]
-            for seq in candidates
-            if seq in seqs.runnable and not seqs.resumed[seqs.by_id[seq].slot]
-        ]
-        if not eligible:
-            return None
-        if not seqs.quotas.active:
-            return max(eligible, key=lambda state: (state.klass, state.order)).id
-
-        def worth(state: SequenceState) -> tuple[bool, int, int, int]:
-            over = state.space.over()
-            return over > 0, state.klass, over, state.order
-
-        return max(eligible, key=worth).id
+        return self._victims.choose(candidates)
 
     def namespace_blocks(self, root: bytes) -> int:
         """Blocks of the first tier that the running sequences of a namespace hold."""

@@ -48,6 +48,7 @@ class SequenceState:
         "loads",
         "order",
         "pending",
+        "preemptions",
         "root",
         "slot",
         "space",
@@ -75,6 +76,8 @@ class SequenceState:
         """What happens as soon as no step and no load is in flight."""
         self.loads: dict[int, list[Attach]] = {}
         """Transfers it waits for, each with the `Attach` that is due when it has ended."""
+        self.preemptions = 0
+        """How often it has been preempted."""
         self.found = 0
         """Pages at its front that others had computed before it was admitted."""
         self.table: npt.NDArray[np.int32] = np.empty(8, dtype=np.int32)

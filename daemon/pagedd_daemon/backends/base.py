@@ -109,10 +109,13 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """A `Store` or `Load` that has ended."""
+    """A `Store`, `Load` or `Spill` that has ended."""
 
     transfer: int
     ok: bool
+    seconds: float = 0.0
+    """How long the copying itself took, without waiting for its turn; 0 where it was not measured.
+    The pager weighs swapping against computing again by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,10 +177,8 @@ class LlamaBackend:
                     self._attach(instruction)
                 case CopyBlock(seq=seq, index=index, dst=dst):
                     self._holders.put(seq, index, (dst,), self._holders.length(seq))
-                case Store():
-                    self._finish(instruction, self._store(instruction))
-                case Load():
-                    self._finish(instruction, self._load(instruction))
+                case Store() | Load():
+                    self._transfer(instruction)
                 case Trim(seq=seq, length=length):
                     if seq in self._ids:
                         self._context.remove(self._ids[seq], length)
@@ -209,8 +207,11 @@ class LlamaBackend:
             self._context.share(self._ids[holder], mine, start, stop)
         self._holders.put(a.seq, a.first, a.blocks, end)
 
-    def _finish(self, transfer: Store | Load, ok: bool) -> None:
-        self._ended.append(TransferResult(transfer.transfer, ok))
+    def _transfer(self, transfer: Store | Load) -> None:
+        begin = time.perf_counter()
+        ok = self._store(transfer) if isinstance(transfer, Store) else self._load(transfer)
+        seconds = time.perf_counter() - begin
+        self._ended.append(TransferResult(transfer.transfer, ok, seconds))
 
     def _store(self, store: Store) -> bool:
         assert store.tier is Tier.RAM

@@ -100,6 +100,7 @@ class SimulatedBackend:
         *,
         step_s: float = 0.0,
         token_s: float = 0.0,
+        page_s: float = 0.0,
         faults: Faults | None = None,
         verify: bool = False,
         clock: Callable[[], float] = time.perf_counter,
@@ -112,13 +113,14 @@ class SimulatedBackend:
                 size the pools.
             step_s: Seconds of a step beside its tokens.
             token_s: Seconds for each input token of a step.
+            page_s: Seconds that each page of a transfer is said to take; nobody waits for it.
             faults: What goes wrong.
             verify: Check every cell of every block table at every step (slow).
             clock: Seconds, monotonic.
             wait: Returns when ``clock()`` has reached its argument.
         """
         self._caps = capabilities
-        self._step_s, self._token_s = step_s, token_s
+        self._step_s, self._token_s, self._page_s = step_s, token_s, page_s
         self.faults = faults or Faults()
         self._clock, self._wait = clock, wait
         shape = (capabilities.gpu_blocks, capabilities.block_tokens)
@@ -208,7 +210,8 @@ class SimulatedBackend:
             transfer, number, _ = self._pending.popleft()
             ok = number not in self.faults.transfers
             self._copy(transfer, ok)
-            ended.append(TransferResult(transfer.transfer, ok))
+            seconds = self._page_s * len(transfer.pages)
+            ended.append(TransferResult(transfer.transfer, ok, seconds))
         self._polls += 1
         return ended
 

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvpager import Pager
-from kvpager.types import Event, Instruction, PagerConfig, TransferDone, TransferFailed
+from kvpager.types import (
+    Event,
+    Instruction,
+    Load,
+    PagerConfig,
+    Spill,
+    Store,
+    Tier,
+    TransferDone,
+    TransferFailed,
+)
 from pagedd_daemon.backends.base import Backend
+
+_LEAST_OBSERVED = 128
+"""Tokens that a rate is taken over: what a small transfer takes says little of a large one."""
+
+
+@dataclass(slots=True)
+class _Copied:
+    """Transfers of one kind since its rate was last taken."""
+
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class Pool:
@@ -28,7 +51,13 @@ class Pool:
             )
         )
         self._backend = backend
-        self.transfers_in_flight = 0
+        self._in_flight: dict[int, Store | Load | Spill] = {}
+        self._copied: dict[tuple[type[Store | Load], Tier], _Copied] = {}
+
+    @property
+    def transfers_in_flight(self) -> int:
+        """Transfers that the pager has asked for and not heard of since."""
+        return len(self._in_flight)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Give the pager an event and the backend what follows from it.
@@ -38,15 +67,36 @@ class Pool:
         instructions = self.pager.handle(event)
         if instructions:
             self._backend.apply(instructions)
-            self.transfers_in_flight += sum(hasattr(i, "transfer") for i in instructions)
+            for instruction in instructions:
+                if isinstance(instruction, (Store, Load, Spill)):
+                    self._in_flight[instruction.transfer] = instruction
         return instructions
 
     def settle(self) -> list[Instruction]:
         """Tell the pager of every transfer that has ended; returns what it makes of that."""
         followed: list[Instruction] = []
-        while self.transfers_in_flight and (ended := self._backend.poll_transfers()):
+        while self._in_flight and (ended := self._backend.poll_transfers()):
             for result in ended:
-                self.transfers_in_flight -= 1
+                transfer = self._in_flight.pop(result.transfer)
+                if result.ok and result.seconds > 0.0:
+                    self._measure(transfer, result.seconds)
                 kind = TransferDone if result.ok else TransferFailed
                 followed += self.handle(kind(result.transfer))
         return followed
+
+    def _measure(self, transfer: Store | Load | Spill, seconds: float) -> None:
+        """Tell the pager how fast pages move, once enough of them have."""
+        if isinstance(transfer, Spill):
+            return
+        copied = self._copied.setdefault((type(transfer), transfer.tier), _Copied())
+        # A page is copied whole, however many of its tokens are valid.
+        copied.tokens += len(transfer.pages) * self.pager.config.block_tokens
+        copied.seconds += seconds
+        if copied.tokens < _LEAST_OBSERVED:
+            return
+        rate = copied.tokens / copied.seconds
+        if isinstance(transfer, Store):
+            self.pager.observe(store_tokens_per_s=rate, tier=transfer.tier)
+        else:
+            self.pager.observe(load_tokens_per_s=rate, tier=transfer.tier)
+        copied.tokens, copied.seconds = 0, 0.0
