@@ -324,3 +324,19 @@ def test_random_traffic_under_pressure_gives_everybody_the_text_of_a_quiet_machi
         for rid in range(len(plans)):
             assert tight.outcomes[rid].tokens == quiet.outcomes[rid].tokens, f"request {rid}"
             assert tight.outcomes[rid].closed is not None
+
+
+def test_nobody_waits_for_a_prefix_whose_client_does_not_read() -> None:
+    bench = Bench()
+    prompt = prompt_of(3, 600)
+    bench.submit(1, prompt, max_tokens=5)
+    bench.step()
+    bench.engine.handle(m.Pause(1))
+    bench.submit(2, prompt, max_tokens=5)
+    for _ in range(100):
+        bench.step()
+    assert bench.outcomes[2].reasons == {0: "length"}
+    assert not bench.outcomes[1].reasons
+    bench.engine.handle(m.Unpause(1))
+    bench.run()
+    assert bench.outcomes[1].tokens[0][:1] == bench.outcomes[2].tokens[0][:1]

@@ -24,6 +24,7 @@ from kvpager import (
     Preempt,
     Preempted,
     PreemptMode,
+    PriorityClass,
     Release,
     Reserve,
     Reserved,
@@ -609,3 +610,36 @@ def test_a_step_may_retire_with_fewer_tokens_than_were_launched() -> None:
     world.handle(StepRetired(3, (np.array([10], np.int32),)))
     world.validate()
     assert world.computed(1) == 24
+
+
+# ------------------------------------------------------------------------- forks and prefixes
+
+
+def test_admission_counts_the_block_that_each_further_sample_takes_right_after_the_fork() -> None:
+    caller = Caller(gpu=8)
+    assert caller.admit(1, ids(6), width=3) == [Admitted(1, 0, False)]
+    # Two blocks of the prompt, and two that the forks are going to take.
+    assert caller.admit(2, ids(20, 50)) == [Deferred(2, DeferReason.BLOCKS, 5, 4)]
+    assert caller.admit(2, ids(16, 50)) == [Admitted(2, 0, False)]
+    caller.compute(1, ids(6))
+    caller(Fork(1, (3, 4)))
+    out = caller(Reserve((1, 3, 4), (1, 1, 1)))
+    assert out[-1] == Reserved(())
+    assert sum(isinstance(item, CopyBlock) for item in out) == 2
+
+
+def test_a_request_wider_than_the_pool_has_blocks_for_is_denied() -> None:
+    caller = Caller(gpu=8)
+    assert caller.admit(1, ids(24), width=3) == [Denied(1, 9, 8)]
+
+
+def test_nobody_waits_for_a_prefix_that_a_lower_class_computes() -> None:
+    caller = Caller()
+    caller.admit(1, ids(9), klass=PriorityClass.BACKGROUND)
+    waiting = caller.admit(2, ids(9), klass=PriorityClass.BACKGROUND)
+    assert [type(item) for item in waiting] == [Deferred]
+    assert caller.admit(3, ids(9), klass=PriorityClass.INTERACTIVE) == [Admitted(3, 0, False)]
+    # Both are computed, and what is complete first is found.
+    caller.compute(3, ids(9))
+    assert caller.admit(2, ids(9), klass=PriorityClass.BACKGROUND)[-1] == Admitted(2, 8, False)
+    caller.compute(1, ids(9))

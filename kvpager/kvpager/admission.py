@@ -25,6 +25,7 @@ from kvpager.types import (
     Denied,
     Instruction,
     Page,
+    PriorityClass,
     Tier,
 )
 
@@ -44,6 +45,9 @@ class Plan:
     computed: int = 0
     total: int = 0
     """Blocks it will have."""
+    forks: int = 0
+    """Sequences it is still to become: each takes a block of its own right after the fork, by
+    copying the last one of the prompt or by going on behind it."""
     reason: DeferReason | None = None
 
     @property
@@ -71,8 +75,8 @@ class Admission:
         total = -(-len(event.tokens) // size)
         most = self._seqs.quotas.ceiling(event.root) or config.gpu_blocks
         most = min(most, config.gpu_blocks)
-        if total + 1 > most:
-            out.append(Denied(event.seq, total + 1, most))
+        if total + event.width > most:
+            out.append(Denied(event.seq, total + event.width, most))
             return
         if config.max_sequences and event.width > config.max_sequences:
             out.append(Denied(event.seq, event.width, config.max_sequences))
@@ -82,9 +86,10 @@ class Admission:
             return
         chain = bytearray()
         extend_chain(chain, event.root, event.tokens, size)
-        plan = self._look_up(chain, (len(event.tokens) - 1) // size, None)
+        plan = self._look_up(chain, (len(event.tokens) - 1) // size, event.klass, None)
         plan.computed = len(plan.blocks) * size
         plan.total = total
+        plan.forks = event.width - 1
         space = self._seqs.quotas.by_root.get(event.root, Namespace(event.root))
         refusal = self._refusal(event.seq, plan, space)
         if refusal is not None:
@@ -123,7 +128,9 @@ class Admission:
 
     # ------------------------------------------------------------------------------- look-up
 
-    def _look_up(self, chain: bytearray, limit: int, owner: SequenceState | None) -> Plan:
+    def _look_up(
+        self, chain: bytearray, limit: int, klass: PriorityClass, owner: SequenceState | None
+    ) -> Plan:
         """The resident pages at the front of ``chain``, at most ``limit``."""
         pool = self._pool
         nodes = pool.index.find_all(chain, limit)
@@ -148,12 +155,18 @@ class Admission:
         if hits < limit:
             if filling[hits]:
                 plan.reason = DeferReason.TRANSFER
-            elif self._promised(chain, hits, owner):
+            elif self._promised(chain, hits, klass, owner):
                 plan.reason = DeferReason.PREFIX_IN_FLIGHT
         return plan
 
-    def _promised(self, chain: bytearray, index: int, owner: SequenceState | None) -> bool:
-        """Whether another sequence is about to compute the page at ``index`` of ``chain``."""
+    def _promised(
+        self, chain: bytearray, index: int, klass: PriorityClass, owner: SequenceState | None
+    ) -> bool:
+        """Whether another sequence is about to compute the page at ``index`` of ``chain``.
+
+        One of a lower class does not count: it may not be served for as long as others are, and
+        whoever comes first would wait behind whoever comes last (docs/adr/0012).
+        """
         where = slice(index * DIGEST, (index + 1) * DIGEST)
         wanted = chain[where]
         size = self._config.block_tokens
@@ -161,6 +174,7 @@ class Admission:
             other.chain[where] == wanted
             for other in self._seqs.prefilling.values()
             if other is not owner
+            and other.klass <= klass
             and other.pending is None
             and self._seqs.computed[other.slot] < (index + 1) * size
         )
@@ -169,11 +183,12 @@ class Admission:
         size = self._config.block_tokens
         computed = int(self._seqs.computed[state.slot])
         full = computed // size
-        plan = self._look_up(state.chain, full, state)
+        plan = self._look_up(state.chain, full, state.klass, state)
         hits = len(plan.blocks)
         # With room for one token more, so that it makes progress before it can be a victim again.
         total = -(-max(computed + 1, state.known_tokens) // size)
         plan.total = min(total, self._config.gpu_blocks)
+        plan.forks = state.ids - 1
         plan.computed = hits * size
         if hits == full and full < len(state.held):
             place = state.held[full]
@@ -206,7 +221,7 @@ class Admission:
         """The refusal if there is no room for ``need`` blocks beside ``hits``."""
         arrays = self._pool.blocks
         cached = int((arrays.states[hits] == CACHED).sum())
-        free = arrays.available() - cached
+        free = max(0, arrays.available() - cached - self._seqs.forks_to_come)
         spare = math.ceil(self._config.growth_margin * self._config.gpu_blocks) if margin else 0
         if need + spare > free:
             return Deferred(seq, DeferReason.BLOCKS, need + spare, free)
@@ -221,7 +236,7 @@ class Admission:
         self, seq: int, plan: Plan, space: Namespace, *, margin: bool = True
     ) -> Deferred | None:
         """Why a sequence with this plan cannot run now; None if it can."""
-        need = plan.total - plan.attached
+        need = plan.total - plan.attached + plan.forks
         if plan.reason is not None:
             return Deferred(seq, plan.reason, need, self._pool.blocks.available())
         others = len(self._seqs.by_id) > len(self._seqs.swapped)
@@ -248,7 +263,7 @@ class Admission:
             if plan.reason is not None:
                 return Deferred(members[0].id, plan.reason, plan.total, 0)
             wanted = set(plan.nodes[plan.blocks < 0].tolist())
-            need += plan.total - len(plan.blocks) + len(wanted - loads)
+            need += plan.total + plan.forks - len(plan.blocks) + len(wanted - loads)
             loads |= wanted
             found.update(plan.blocks[plan.blocks >= 0].tolist())
         if need > self._pool.blocks.limit:

@@ -27,8 +27,9 @@ class Admit:
     Sequences with different roots never share a page."""
     klass: PriorityClass = PriorityClass.NORMAL
     width: int = 1
-    """Sequences this request becomes once its prompt is computed (n > 1, beams): counted against
-    ``max_sequences`` at admission."""
+    """Sequences this request becomes once its prompt is computed (n > 1, beams). Counted at
+    admission against ``max_sequences``, and with a block for each one more, since every fork is
+    about to write a block of its own."""
     group: int = -1
     """Sequences with the same group (>= 0) are preempted and resumed together."""
 

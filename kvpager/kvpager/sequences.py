@@ -209,6 +209,12 @@ class SequenceTable:
 
     # ------------------------------------------------------------------------------- membership
 
+    @property
+    def forks_to_come(self) -> int:
+        """Forks that admitted requests are still to make (`Admit.width`). Each of them takes a
+        block, which no admission may take meanwhile."""
+        return self.ids_used - (len(self.by_id) - len(self.swapped))
+
     def create(self, seq: int, root: bytes, klass: PriorityClass, group: int) -> SequenceState:
         """A new live sequence, running and without blocks."""
         if not self._free_slots:

@@ -426,7 +426,7 @@ class World:
             model.computed = instruction.computed
             model.status = "loading" if instruction.loading else "running"
         elif isinstance(instruction, Denied):
-            blocks = -(-len(model.tokens) // self.size) + 1
+            blocks = -(-len(model.tokens) // self.size) + model.width
             ceiling = self.ceilings[model.root] or self.config.gpu_blocks
             limit = self.config.max_sequences
             fits = blocks <= min(ceiling, self.config.gpu_blocks) and not (

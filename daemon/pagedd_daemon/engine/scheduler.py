@@ -282,6 +282,8 @@ class Scheduler:
             verdicts = self._pool.handle(Resume(sequence.seq))
             self._settle(verdicts)
             reasons = {v.reason for v in verdicts if isinstance(v, Deferred)}
+            if DeferReason.PREFIX_IN_FLIGHT in reasons:
+                self._page_out_paused(computing=True)
             if reasons - {DeferReason.PREFIX_IN_FLIGHT, DeferReason.TRANSFER}:
                 self._page_out_paused()
                 break
@@ -305,14 +307,21 @@ class Scheduler:
                 continue
             blocked = self._try_admit(request, now)
             sharers += blocked is DeferReason.PREFIX_IN_FLIGHT
+            if blocked is DeferReason.PREFIX_IN_FLIGHT:
+                self._page_out_paused(computing=True)
             if blocked in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
                 self._page_out_paused()
             if sharers > _MOST_SHARERS or blocked not in (None, DeferReason.PREFIX_IN_FLIGHT):
                 return
 
-    def _page_out_paused(self) -> None:
-        """Somebody waits for room: take it from sequences whose clients do not read."""
+    def _page_out_paused(self, *, computing: bool = False) -> None:
+        """Somebody waits for room: take it from sequences whose clients do not read.
+
+        With ``computing`` only from those amid their prompts: somebody may wait for the prefix.
+        """
         for sequence in list(self._sequences.values()):
+            if computing and sequence.pending <= 1:
+                continue
             if sequence.request.paused and sequence.state is SequenceState.RUNNING:
                 self._settle(self._pool.handle(Preempt(sequence.seq)))
                 self._changed = True
