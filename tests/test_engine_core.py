@@ -340,3 +340,27 @@ def test_nobody_waits_for_a_prefix_whose_client_does_not_read() -> None:
     bench.engine.handle(m.Unpause(1))
     bench.run()
     assert bench.outcomes[1].tokens[0][:1] == bench.outcomes[2].tokens[0][:1]
+
+
+@pytest.mark.parametrize("llama", [False, True])
+@pytest.mark.parametrize("ram_blocks", [0, 1024])
+def test_a_pool_that_shrinks_and_grows_changes_nobodys_text(llama: bool, ram_blocks: int) -> None:
+    quiet = Bench(kv_tokens=8192, llama=llama, ram_blocks=ram_blocks)
+    hard = Bench(kv_tokens=2048, llama=llama, ram_blocks=ram_blocks)
+    dice = np.random.default_rng(5)
+    for bench in (quiet, hard):
+        for rid in range(10):
+            bench.submit(rid, prompt_of(rid % 4, 100 + 20 * rid), n=1 + rid % 3, max_tokens=80)
+    scheduler = hard.engine._scheduler
+    for blocks in (100, 40, 12, 70, 3, 25, 128):
+        scheduler.resize(blocks)
+        for _ in range(int(dice.integers(3, 30))):
+            hard.step()
+            hard.engine.validate()
+        total = hard.engine._pool.pager.stats().gpu.total
+        assert total == blocks, (total, blocks)
+    hard.run()
+    quiet.run()
+    for rid in range(10):
+        assert hard.outcomes[rid].tokens == quiet.outcomes[rid].tokens
+        assert set(hard.outcomes[rid].reasons.values()) == {"length"}

@@ -89,8 +89,8 @@ def test_the_victim_of_a_class_is_of_the_namespace_most_over_its_floor() -> None
     assert choose((1, 3)) == 3
 
 
-def with_rates(**more: int) -> Caller:
-    caller = Caller(**more)
+def with_rates(ram: int) -> Caller:
+    caller = Caller(ram=ram)
     caller.pager.observe(
         prefill_tokens_per_s=100.0, load_tokens_per_s=1000.0, store_tokens_per_s=1000.0
     )

@@ -222,7 +222,7 @@ class Admission:
         arrays = self._pool.blocks
         cached = int((arrays.states[hits] == CACHED).sum())
         free = max(0, arrays.available() - cached - self._seqs.forks_to_come)
-        spare = math.ceil(self._config.growth_margin * self._config.gpu_blocks) if margin else 0
+        spare = math.ceil(self._config.growth_margin * arrays.limit) if margin else 0
         if need + spare > free:
             return Deferred(seq, DeferReason.BLOCKS, need + spare, free)
         room = space.room()
@@ -237,6 +237,9 @@ class Admission:
     ) -> Deferred | None:
         """Why a sequence with this plan cannot run now; None if it can."""
         need = plan.total - plan.attached + plan.forks
+        limit = self._pool.blocks.limit
+        if plan.total + plan.forks > limit:
+            return Deferred(seq, DeferReason.POOL, plan.total + plan.forks, limit)
         if plan.reason is not None:
             return Deferred(seq, plan.reason, need, self._pool.blocks.available())
         others = len(self._seqs.by_id) > len(self._seqs.swapped)

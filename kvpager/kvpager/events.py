@@ -151,7 +151,14 @@ class TransferFailed:
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """The first tier may from now on use ``gpu_blocks`` blocks (of those it was made with)."""
+    """The first tier may from now on use ``gpu_blocks`` blocks (of those it was made with).
+
+    Where that is more than before, the answer begins with `Grown`. Where it is less than the pager
+    was made with, `Shrunk` follows as soon as nothing can name a block from ``gpu_blocks`` on any
+    more: cached pages there are dropped at once, and blocks of running sequences are moved
+    (`CopyBlock`). While there is no room to move them to (`kvpager.Pager.excess`), the caller has
+    to preempt somebody. A further `Pressure` takes the place of one that was not answered yet.
+    """
 
     gpu_blocks: int
 

@@ -32,6 +32,8 @@ class DeferReason(Enum):
     SEQUENCES = "sequences"
     PREFIX_IN_FLIGHT = "prefix_in_flight"
     """Another sequence is computing this prefix right now: wait rather than do it twice."""
+    POOL = "pool"
+    """It needs more than the pool may use now (`Pressure`): nothing that others give back helps."""
     TRANSFER = "transfer"
     """The pages this sequence needs are still being stored."""
 
@@ -103,8 +105,11 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class CopyBlock:
-    """Copy-on-write: copy ``tokens`` tokens of block ``src`` to ``dst``, logical block ``index`` of
-    ``seq`` from now on. llama.cpp, whose cells are shared by token and not by block, need not."""
+    """Copy ``tokens`` tokens of block ``src`` to ``dst``, logical block ``index`` of ``seq`` from
+    now on: copy-on-write, or a move out of what `Pressure` takes away. A block that several
+    sequences hold is moved once for each of them, to the same ``dst``. In order with steps: behind
+    those that were launched before. llama.cpp, whose cells are shared by token and not by block,
+    need not copy."""
 
     seq: int
     index: int
@@ -189,6 +194,21 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Grown:
+    """Blocks below ``gpu_blocks`` may be named from the next instruction on."""
+
+    gpu_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """No step or transfer in flight names a block from ``gpu_blocks`` on, and nothing will before a
+    `Grown`: their memory can be given back, behind each `CopyBlock` that was asked for before."""
+
+    gpu_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Preempted:
     """``seq`` no longer runs; it needs a `Resume`. ``lost`` of its tokens must be recomputed."""
 
@@ -210,5 +230,7 @@ Instruction: TypeAlias = (
     | Spill
     | Trim
     | Release
+    | Grown
+    | Shrunk
     | Preempted
 )

@@ -10,24 +10,28 @@ from kvpager.blocks import ACTIVE, CACHED, DYING, FREE, LOADING, STORING
 from kvpager.errors import InvariantError
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
+from kvpager.pressure import Shrinking
 from kvpager.sequences import SequenceState, SequenceTable, Status
 from kvpager.tiers import LowerTier, SlotState
 from kvpager.transfers import Transfers
 from kvpager.types import Spill, Store, Tier
 
 
-def check(pool: Pool, seqs: SequenceTable, transfers: Transfers) -> None:
+def check(pool: Pool, seqs: SequenceTable, transfers: Transfers, shrinking: Shrinking) -> None:
     """Raise on the first contradiction.
 
     Raises:
         InvariantError: With the story of a sequence concerned, where there is one.
     """
-    _Check(pool, seqs, transfers).run()
+    _Check(pool, seqs, transfers, shrinking).run()
 
 
 class _Check:
-    def __init__(self, pool: Pool, seqs: SequenceTable, transfers: Transfers) -> None:
+    def __init__(
+        self, pool: Pool, seqs: SequenceTable, transfers: Transfers, shrinking: Shrinking
+    ) -> None:
         self.pool = pool
+        self.shrinking = shrinking
         self.seqs = seqs
         self.transfers = transfers
         self.size = pool.config.block_tokens
@@ -40,6 +44,7 @@ class _Check:
         self.quotas()
         self.references()
         self.blocks()
+        self.limit()
         self.steps()
         self.slots(self.pool.ram)
         self.slots(self.pool.disk)
@@ -219,6 +224,12 @@ class _Check:
             self.require(
                 (state == LOADING) == (block in self.pool.loading), f"{name}: loading", held
             )
+
+    def limit(self) -> None:
+        """What has been given back is free, and nobody is waited for in vain."""
+        arrays = self.pool.blocks
+        beyond = arrays.states[arrays.limit : arrays.total] != FREE
+        self.require(beyond.any() == self.shrinking.waiting, "blocks beyond the limit")
 
     def steps(self) -> None:
         seqs, blocks = self.seqs, self.pool.blocks

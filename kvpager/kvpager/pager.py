@@ -16,6 +16,7 @@ from kvpager.invariants import check
 from kvpager.keeping import Keeping
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
+from kvpager.pressure import Shrinking
 from kvpager.sequences import SequenceTable, Status
 from kvpager.steps import Steps
 from kvpager.transfers import Transfers
@@ -47,6 +48,9 @@ from kvpager.types import (
 )
 from kvpager.victims import Victims
 
+_LETTING_GO = (StepRetired, StepFailed, TransferDone, TransferFailed, Preempt, Free, Truncate)
+"""Events after which blocks may be movable that were not before."""
+
 
 class Pager:
     """A paged pool as a deterministic state machine. Not thread-safe.
@@ -74,6 +78,7 @@ class Pager:
         self._steps = Steps(self._pool, self._seqs)
         self._keeping = Keeping(self._pool, self._seqs, self._transfers, self._cost)
         self._endings = Endings(self._pool, self._seqs, self._keeping)
+        self._shrinking = Shrinking(self._pool, self._seqs)
         self._victims = Victims(self._pool, self._seqs, self._cost)
 
     # -------------------------------------------------------------------------------- events
@@ -121,9 +126,11 @@ class Pager:
         elif isinstance(event, Free):
             self._endings.free(event, out)
         elif isinstance(event, Pressure):
-            self._pressure(event)
+            self._pressure(event, out)
         else:
             self._set_quota(event)
+        if self._shrinking.waiting and isinstance(event, _LETTING_GO):
+            self._shrinking.advance(out)
         return out
 
     def _check_admit(self, event: Admit) -> None:
@@ -152,12 +159,12 @@ class Pager:
         swapped = [member for member in members if member.status is Status.SWAPPED]
         self._admission.resume(event.seq, swapped, out)
 
-    def _pressure(self, event: Pressure) -> None:
+    def _pressure(self, event: Pressure, out: list[Instruction]) -> None:
         if not 0 <= event.gpu_blocks <= self.config.gpu_blocks:
             raise ImpossibleEventError(
                 f"Pressure of {event.gpu_blocks} blocks, the pool has {self.config.gpu_blocks}"
             )
-        self._pool.set_limit(event.gpu_blocks)
+        self._shrinking.resize(event.gpu_blocks, out)
 
     def _set_quota(self, event: SetQuota) -> None:
         floor, ceiling = event.floor_blocks, event.ceiling_blocks
@@ -246,6 +253,11 @@ class Pager:
         """
         return self._victims.choose(candidates)
 
+    def excess(self) -> int:
+        """Blocks that `Pressure` has taken away, and that can only be vacated if somebody gives
+        way: preempt a victim, and ask again. 0 once it suffices to wait for steps and transfers."""
+        return self._shrinking.excess()
+
     def namespace_blocks(self, root: bytes) -> int:
         """Blocks of the first tier that the running sequences of a namespace hold."""
         space = self._seqs.quotas.by_root.get(root)
@@ -257,7 +269,7 @@ class Pager:
         Raises:
             InvariantError: One is broken; it carries the story of a sequence concerned.
         """
-        check(self._pool, self._seqs, self._transfers)
+        check(self._pool, self._seqs, self._transfers, self._shrinking)
 
     def stats(self) -> PagerStats:
         """Figures as of now."""

@@ -148,6 +148,25 @@ class Pool:
         if not arrays.pins[block] and not arrays.refcount[block] and arrays.state[block] != DYING:
             self.settle(block, oldest=oldest)
 
+    def relocate(self, block: int, epoch: int) -> int:
+        """Have a block below the limit take over the references and the page of ``block``.
+
+        Args:
+            block: One that sequences hold, from the limit on; there is a block for it.
+            epoch: The last step in flight that may touch it, -1 for none.
+        """
+        arrays = self.blocks
+        (target,) = arrays.pop_free(1) or (self._evict_one(),)
+        arrays.state[target] = ACTIVE
+        arrays.refcount[target], arrays.refcount[block] = arrays.refcount[block], 0
+        node = arrays.node[block]
+        if node >= 0:
+            arrays.node[target], arrays.node[block] = node, -1
+            self.index.move(node, Tier.GPU, target)
+        arrays.epoch[block] = max(arrays.epoch[block], epoch)
+        self.settle(block)
+        return target
+
     def set_limit(self, limit: int) -> None:
         """Use only blocks below ``limit``; cached pages above it are dropped at once."""
         arrays = self.blocks

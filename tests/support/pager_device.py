@@ -6,8 +6,9 @@ Every cell holds a number that names (root, all tokens up to this position), or 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
-from kvpager import Attach, CopyBlock, Load, Move, PagerConfig, Spill, Store, Tier
+from kvpager import Attach, CopyBlock, Grown, Load, Move, PagerConfig, Shrunk, Spill, Store, Tier
 from tests.support.pager_models import RUBBISH, Model, StepSim, check
 
 
@@ -28,6 +29,8 @@ class Device:
             Tier.RAM: [[RUBBISH] * self.size for _ in range(config.ram_blocks)],
             Tier.DISK: [[RUBBISH] * self.size for _ in range(config.disk_blocks)],
         }
+        self.end = config.gpu_blocks
+        """Blocks that have memory."""
         self.cells: dict[int, dict[int, int]] = {}
         self.stored_cells: dict[tuple[Tier, int], list[int]] = {}
         self.queue: list[CopyBlock | StepSim] = []
@@ -37,6 +40,41 @@ class Device:
         self.transfers: dict[int, Store | Load | Spill] = {}
         self.early: set[int] = set()
         """Transfers that are carried out, and not yet reported."""
+
+    def resize(self, change: Grown | Shrunk) -> None:
+        """Memory comes, or goes for good: nothing may be left that names it."""
+        end = change.gpu_blocks
+        if isinstance(change, Grown):
+            self.end = max(self.end, end)
+            return
+        self.flush_copies()
+        used = self.named()
+        used |= {
+            block
+            for item in self.queue
+            if isinstance(item, CopyBlock)
+            for block in (item.src, item.dst)
+        }
+        used |= {
+            page.block
+            for item in self.transfers.values()
+            if not isinstance(item, Spill)
+            for page in item.pages
+        }
+        late = {block for block in used if block >= end}
+        check(not late, f"{change}, while {late} are in use")
+        self.end = end
+        self.memory[end:] = [[RUBBISH] * self.size for _ in self.memory[end:]]
+
+    def flush_copies(self) -> None:
+        """Carry out all copies, and the steps in front of them."""
+        copies = [i for i, item in enumerate(self.queue) if isinstance(item, CopyBlock)]
+        self.flush(copies[-1] + 1 if copies else 0)
+
+    def there(self, blocks: Iterable[int], what: object) -> None:
+        """Check that no block is named whose memory was given back."""
+        gone = [block for block in blocks if block >= self.end]
+        check(not gone, f"{what} names {gone}, of which the memory was given back")
 
     def named(self) -> set[int]:
         """Blocks that a step in flight may touch."""
@@ -68,10 +106,11 @@ class Device:
                     )
 
     def begin(self, what: Store | Load | Spill) -> None:
+        if not isinstance(what, Spill):
+            self.there((page.block for page in what.pages), what)
         self.transfers[what.transfer] = what
         # Copies that were asked for before come first; steps in flight need not.
-        copies = [i for i, item in enumerate(self.queue) if isinstance(item, CopyBlock)]
-        self.flush(copies[-1] + 1 if copies else 0)
+        self.flush_copies()
         if isinstance(what, Load):
             named = self.named()
             for page in what.pages:

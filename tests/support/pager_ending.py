@@ -80,10 +80,7 @@ class Ending:
             elif model.id in world.short:
                 victim = world.pager.choose_victim([item.id for item in world.of("running")])
                 if victim is not None:
-                    group = world.models[victim].group
-                    for item in world.of("running", "loading"):
-                        if item.id == victim or (group >= 0 and item.group == group):
-                            item.status = "stepping aside"
+                    world.step_aside(victim)
                     world.send(Preempt(victim))
             else:
                 work.append((model, count))

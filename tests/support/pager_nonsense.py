@@ -80,6 +80,7 @@ def fingerprint(pager: Pager) -> list[object]:
     arrays = pool.blocks
     seen: list[object] = [
         arrays.limit,
+        pager._shrinking.waiting,
         *(bytes(item) for item in (arrays.refcount, arrays.pins, arrays.state, arrays.node)),
         bytes(arrays.epoch),
         list(arrays.free),

@@ -26,6 +26,7 @@ from kvpager import (
     Event,
     Fork,
     Free,
+    Grown,
     Instruction,
     Load,
     Pager,
@@ -41,6 +42,7 @@ from kvpager import (
     Resume,
     Runnable,
     SetQuota,
+    Shrunk,
     Spill,
     StepFailed,
     StepLaunched,
@@ -113,7 +115,7 @@ class World:
             (self.preempt, 5),
             (self.resume, 9),
             (self.free, 6),
-            (self.pressure, 1),
+            (self.pressure, 2),
             (self.quota, 1),
             (self.impossible, 1),
             (self.idle, 3),
@@ -232,6 +234,7 @@ class World:
                 for item in model.in_flight
             )
             table = self.pager.block_table(model.id).tolist()
+            self.device.there(table, f"the next step of {model.id}")
             self.check_own(model, table[start // self.size : -(-(start + count) // self.size)])
             tokens = model.tokens[start : start + count]
             expected = model.content(start + count)
@@ -341,11 +344,15 @@ class World:
             if chosen is None:
                 return
             seq = chosen
+        self.step_aside(seq)
+        self.send(Preempt(seq, self.rng.choice(list(PreemptMode))))
+
+    def step_aside(self, seq: int) -> None:
+        """It is being preempted, with its group."""
         group = self.models[seq].group
         for model in self.of("running", "loading"):
             if model.id == seq or (group >= 0 and model.group == group):
                 model.status = "stepping aside"
-        self.send(Preempt(seq, self.rng.choice(list(PreemptMode))))
 
     def free(self) -> None:
         model = self.pick("running", "loading", "swapped", "stepping aside")
@@ -360,7 +367,20 @@ class World:
         self.send(Free(model.id, cache=self.rng.random() < 0.85))
 
     def pressure(self) -> None:
-        self.send(Pressure(self.rng.randint(self.config.gpu_blocks // 2, self.config.gpu_blocks)))
+        total = self.config.gpu_blocks
+        self.send(Pressure(self.rng.randint(self.rng.choice((1, total // 2)), total)))
+        if self.rng.random() < 0.5:
+            self.give_way()
+
+    def give_way(self) -> None:
+        """Preempt until what is taken away has somewhere to go."""
+        while self.pager.excess():
+            running = [model.id for model in self.of("running")]
+            if not running:
+                break
+            seq = self.pager.choose_victim(running) or running[0]
+            self.step_aside(seq)
+            self.send(Preempt(seq))
 
     def quota(self) -> None:
         """A namespace is given a quota; whatever then happens, its ceiling holds."""
@@ -383,7 +403,10 @@ class World:
 
     def apply(self, instruction: Instruction) -> None:
         """Carry out an instruction, or see to it that it is carried out later."""
-        if isinstance(instruction, CopyBlock):
+        if isinstance(instruction, (Grown, Shrunk)):
+            self.device.resize(instruction)
+        elif isinstance(instruction, CopyBlock):
+            self.device.there((instruction.dst,), instruction)
             self.device.queue.append(instruction)
             model = self.models[instruction.seq]
             model.blocks[instruction.index] = instruction.dst
@@ -392,6 +415,7 @@ class World:
         elif isinstance(instruction, (Store, Load, Spill)):
             self.device.begin(instruction)
         elif isinstance(instruction, Attach):
+            self.device.there(instruction.blocks, instruction)
             blocks = self.models[instruction.seq].blocks
             end = instruction.first + len(instruction.blocks)
             blocks += [-1] * (end - len(blocks))

@@ -161,7 +161,8 @@ class Backend(Protocol):
     def apply(self, instructions: Iterable[Instruction]) -> None:
         """Carry out, in order, those of the pager's instructions that concern memory.
 
-        `Attach`, `CopyBlock`, `Store`, `Load`, `Trim` and `Release`; verdicts are ignored.
+        `Attach`, `CopyBlock`, `Store`, `Load`, `Trim` and `Release`, and `Grown` and `Shrunk` where
+        memory can be given back to the system while the backend lives; verdicts are ignored.
         """
         ...
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvpager.types import CopyBlock, Instruction, Load, Store, Tier
+from kvpager.types import CopyBlock, Instruction, Load, Shrunk, Store, Tier
 from pagedd_daemon.backends.base import (
     Capabilities,
     Handle,
@@ -200,6 +200,9 @@ class SimulatedBackend:
                     ready = self._polls + self.faults.delay_polls
                     self._pending.append((instruction, self._transfers, ready))
                     self._transfers += 1
+                case Shrunk(gpu_blocks=end):
+                    # As if the memory were given back: whatever still reads it will show.
+                    self._cells[end:] = POISON
                 case _:
                     pass
 

@@ -21,6 +21,7 @@ from kvpager.types import (
     Instruction,
     Preempt,
     Preempted,
+    Pressure,
     Reserve,
     Reserved,
     Resume,
@@ -46,6 +47,8 @@ from pagedd_daemon.engine.work import (
 
 _MOST_SHARERS = 16
 """Requests asked per step that turn out to wait for a prefix in flight."""
+_OTHERS_MAY_PASS = (DeferReason.PREFIX_IN_FLIGHT, DeferReason.POOL)
+"""What keeps a request waiting and no room from those behind it."""
 _LEAST_CHUNK = 32
 """Prompt tokens of a step at least: llama.cpp computes chunks of 64 at full speed, 32 at 85 %."""
 _ROOM_TOKENS = 256
@@ -66,6 +69,7 @@ class Scheduler:
         self._launched: list[tuple[Sequence, int]] = []
         self._stretch: Stretch | None = None
         self._changed = True
+        self._shrunk = False
         self.cost = StepCost()
         self.started: list[Request] = []
         """Requests whose prompt began to be computed since the caller last cleared this."""
@@ -85,6 +89,18 @@ class Scheduler:
         """Something outside changed (a paused request goes on): look at the queue again."""
         self._end_stretch()
         self._changed = True
+
+    def resize(self, gpu_blocks: int) -> None:
+        """The first tier may use ``gpu_blocks`` blocks from now on.
+
+        The backend hears `Grown` at once, `Shrunk` when nothing uses what is taken away any more.
+
+        Raises:
+            kvpager.ImpossibleEventError: It was made with fewer.
+        """
+        self.wake()
+        self._settle(self._pool.handle(Pressure(gpu_blocks)))
+        self._shrunk = gpu_blocks < self._caps.gpu_blocks
 
     def withdraw(self, request: Request) -> bool:
         """Take a request off the queue; False if it is not waiting."""
@@ -145,6 +161,7 @@ class Scheduler:
         if self._stretch is not None:
             return self._step(self._launched)
         self.settle()
+        self._give_way()
         decodes = [s for s in self._sequences.values() if s.decodes]
         ready, pressed = self._make_room(decodes)
         if not pressed:
@@ -251,6 +268,18 @@ class Scheduler:
             asking = [s for s in asking if s.state is SequenceState.RUNNING]
         return ready, pressed
 
+    def _give_way(self) -> None:
+        """The pool has shrunk below what runs: page out the least important until the rest fits."""
+        while self._shrunk and self._pool.pager.excess():
+            running = [s for s in self._sequences.values() if s.state is SequenceState.RUNNING]
+            victim = self._pool.pager.choose_victim([s.seq for s in running])
+            if victim is None and running:
+                victim = running[-1].seq
+            if victim is None:
+                return
+            self._settle(self._pool.handle(Preempt(victim)))
+            self._settle(self._pool.settle())
+
     def _victim(self, asking: Sequence, *, must: bool) -> Sequence | None:
         """Whom to page out: a paused one (its client does not read), else the pager's choice.
 
@@ -265,6 +294,8 @@ class Scheduler:
             return self._sequences[chosen]
         if others and must:
             return others[-1]
+        if must and self._shrunk:
+            return asking  # until the pool grows again
         if must:
             self.stranded.append(asking)
         return None
@@ -284,6 +315,10 @@ class Scheduler:
             reasons = {v.reason for v in verdicts if isinstance(v, Deferred)}
             if DeferReason.PREFIX_IN_FLIGHT in reasons:
                 self._page_out_paused(computing=True)
+            if DeferReason.POOL in reasons:
+                sequence.request.outgrown = True
+                continue
+            sequence.request.outgrown = False
             if reasons - {DeferReason.PREFIX_IN_FLIGHT, DeferReason.TRANSFER}:
                 self._page_out_paused()
                 break
@@ -297,7 +332,9 @@ class Scheduler:
         if not self._changed:
             return
         self._changed = False
-        coming_back = [s.request.klass for s in self._preempted if not s.request.paused]
+        coming_back = [
+            s.request.klass for s in self._preempted if not (s.request.paused or s.request.outgrown)
+        ]
         most_important = min(coming_back, default=None)
         sharers = 0
         for request in self._waiting:
@@ -306,12 +343,12 @@ class Scheduler:
             if request.paused:
                 continue
             blocked = self._try_admit(request, now)
-            sharers += blocked is DeferReason.PREFIX_IN_FLIGHT
+            sharers += blocked in _OTHERS_MAY_PASS
             if blocked is DeferReason.PREFIX_IN_FLIGHT:
                 self._page_out_paused(computing=True)
             if blocked in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
                 self._page_out_paused()
-            if sharers > _MOST_SHARERS or blocked not in (None, DeferReason.PREFIX_IN_FLIGHT):
+            if sharers > _MOST_SHARERS or blocked not in (None, *_OTHERS_MAY_PASS):
                 return
 
     def _page_out_paused(self, *, computing: bool = False) -> None:

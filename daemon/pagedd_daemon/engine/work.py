@@ -66,6 +66,8 @@ class Request:
     submitted_s: float
     """Monotonic, like every other ``_s`` here."""
     paused: bool = False
+    outgrown: bool = False
+    """Paged out, and longer than the pool is just now: nobody waits for its return."""
     started_s: float = 0.0
     """When its first step was planned; 0 before."""
     first_token_s: float = 0.0
