@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test check bench-cpu bench-paper clean
+.PHONY: help demo test test-gpu check bench-cpu bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,9 @@ demo: $(READY) ## four apps talk to one daemon at the same time (sets everything
 
 test: $(READY) ## the whole test suite (sets everything up first)
 	@$(BIN)/python -m pytest
+
+test-gpu: $(READY) ## the tests that need a CUDA device; fails where there is none
+	@$(BIN)/python -m pytest tests/gpu -m gpu
 
 check: $(READY) ## ruff, mypy --strict, import boundaries, file lengths
 	$(BIN)/ruff check

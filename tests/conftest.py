@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import secrets
 from pathlib import Path
 
@@ -19,9 +20,29 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the seed of every property test here, so that a failing run can name it."""
+    """Choose the seed of every property test here, so that a failing run can name it.
+
+    Kernels run in Triton's interpreter unless GPU tests are asked for; which of them it is is
+    decided when Triton is imported, so before anything that might.
+    """
     if config.getoption("hypothesis_seed", default=None) is None:
         config.option.hypothesis_seed = secrets.randbelow(2**32)
+    if not wants_gpu(config):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def wants_gpu(config: pytest.Config) -> bool:
+    """Whether the marker expression names the GPU tests (`make test-gpu`)."""
+    return "gpu" in config.option.markexpr
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the GPU tests unless they are asked for. Asked for, they fail without a GPU."""
+    if not wants_gpu(config):
+        needing = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        if needing:
+            config.hook.pytest_deselected(items=needing)
 
 
 def pytest_terminal_summary(

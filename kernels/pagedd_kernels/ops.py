@@ -1,8 +1,8 @@
 """The public functions. Tensors on a CUDA device go to the Triton kernels, others to torch.
 
 None of them reads a value back from the device, so all can be captured in a CUDA graph; grids come
-from shapes and from the upper bounds of a `StepBatch`. They assume one compute stream per device:
-two attention kernels at once would share counters.
+from shapes and from the upper bounds of a `StepBatch`.
+Triton is imported only where there is a CUDA tensor, so the references run without it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ def rms_norm(
     Returns:
         The norm [T, F] in the type of ``x``; with ``residual`` also the sum.
     """
-    normalised, total = references.rms_norm(x, weight, eps, residual, plus_one)
+    if x.is_cuda:
+        from pagedd_kernels.gpu import norm
+
+        normalised, total = norm.rms_norm(x, weight, eps, residual, plus_one)
+    else:
+        normalised, total = references.rms_norm(x, weight, eps, residual, plus_one)
     return normalised if residual is None else (normalised, total)
 
 
@@ -83,6 +88,10 @@ def rope_write(
     Returns:
         q [T, H, D], contiguous.
     """
+    if qkv.is_cuda:
+        from pagedd_kernels.gpu import rope
+
+        return rope.rope_write(qkv, cos_sin, batch, kv, layer, shape, q_norm, k_norm, eps)
     return references.rope_write(qkv, cos_sin, batch, kv, layer, shape, q_norm, k_norm, eps)
 
 
@@ -101,6 +110,12 @@ def paged_attention(
     Returns:
         [T, H, D] in the type of ``q``; zeros for padding.
     """
+    if q.is_cuda:
+        from pagedd_kernels.gpu import decode, varlen
+
+        if batch.max_query == 1:
+            return decode.decode_attention(q, kv, layer, batch, shape)
+        return varlen.varlen_attention(q, kv, layer, batch, shape)
     return references.paged_attention(q, kv, layer, batch, shape)
 
 
@@ -114,6 +129,10 @@ def gated(gate_up: Tensor, kind: Gate) -> Tensor:
     Returns:
         [T, F].
     """
+    if gate_up.is_cuda:
+        from pagedd_kernels.gpu import gating
+
+        return gating.gated(gate_up, kind)
     return references.gated(gate_up, kind)
 
 
@@ -125,6 +144,11 @@ def copy_blocks(kv: Tensor, src: Tensor, dst: Tensor) -> None:
         src: int64 [n]: blocks to copy from.
         dst: int64 [n]: blocks to copy to; none of them twice, none of them in ``src``.
     """
+    if kv.is_cuda:
+        from pagedd_kernels.gpu import blocks
+
+        blocks.copy_blocks(kv, src, dst)
+        return
     references.copy_blocks(kv, src, dst)
 
 

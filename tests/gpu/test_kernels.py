@@ -1,0 +1,22 @@
+"""Every kernel on a CUDA device, against the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.kernel_checks import Target, checks, gpu_checks
+
+pytestmark = pytest.mark.gpu
+TYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", checks(Target("cuda", torch.bfloat16)))
+def test_a_kernel_gives_what_its_reference_gives(name: str, dtype: torch.dtype) -> None:
+    checks(Target("cuda", dtype))[name]()
+
+
+@pytest.mark.parametrize("name", gpu_checks(Target("cuda", torch.bfloat16)))
+def test_a_kernel_does_so_on_a_device_only(name: str) -> None:
+    gpu_checks(Target("cuda", torch.bfloat16))[name]()

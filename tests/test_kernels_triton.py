@@ -1,0 +1,42 @@
+"""The Triton kernels in Triton's interpreter, against the references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagedd_kernels import references
+from pagedd_kernels.gpu.decode import decode_attention
+from pagedd_kernels.gpu.varlen import varlen_attention
+from tests.support.kernel_checks import Target, checks
+from tests.support.kernels import close, shape_of, world
+
+FLOAT32, FLOAT16 = Target("cpu", torch.float32), Target("cpu", torch.float16)
+HALF = [
+    n for n in checks(FLOAT16) if "group 1" in n or "cap 2" in n or "group 8" in n or "," not in n
+]
+
+
+@pytest.mark.parametrize("name", checks(FLOAT32))
+def test_float32(name: str) -> None:
+    checks(FLOAT32)[name]()
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_float16(name: str) -> None:
+    checks(FLOAT16)[name]()
+
+
+def test_blocks_beyond_two_to_the_31st_element_are_found() -> None:
+    shape = shape_of(2, 1, 16)
+    apart = 2**28  # elements from block to block; pages that nobody touches take no memory
+    for lengths in ([(1, 60), (1, 90)], [(1, 60), (6, 90)]):
+        w = world(shape, lengths)
+        blocks = w.kv.shape[0]
+        assert blocks * apart > 2**31
+        memory = torch.empty(blocks * apart, dtype=torch.float32)
+        kv = memory.as_strided(w.kv.shape, (apart, *w.kv.stride()[1:]))
+        kv.copy_(w.kv)
+        attention = decode_attention if w.batch.max_query == 1 else varlen_attention
+        expected = references.paged_attention(w.q, w.kv, 1, w.batch, shape)
+        close(attention(w.q, kv, 1, w.batch, shape), expected, 1e-5)
