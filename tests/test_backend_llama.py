@@ -23,10 +23,11 @@ from kvpager.types import Load, Page, Release, Store, Tier
 from pagedd_daemon.backends import load_backend
 from pagedd_daemon.backends.base import ModelLoadError, StepFaultError
 from pagedd_daemon.backends.llama import LlamaBackend
-from pagedd_daemon.backends.llama_api import Context, ContextOptions, Model
+from pagedd_daemon.backends.llama_api import Model
 from pagedd_daemon.messages import Configure
 from tests.support.driver import Driver, Judge, Scenario
 from tests.support.f32_model import f32_copy
+from tests.support.plain_llama import PlainLlama
 from tests.support.steps import greedy
 from tests.support.tiny_model import VOCAB, write_tiny_model
 
@@ -36,27 +37,8 @@ TOLERANCE = 1e-3
 SEED = 31
 
 
-class Plain:
-    """One sequence, one context, no pager: what everything else must agree with."""
-
-    def __init__(self, path: Path) -> None:
-        self.model = Model(str(path), lambda _: None)
-        self.context = Context(self.model, ContextOptions(2048, 512, 1, "f32", False))
-
-    def logits(self, text: list[int]) -> npt.NDArray[np.float32]:
-        """Logits after every token of a text."""
-        context, rows = self.context, []
-        context.remove(0)
-        for start in range(0, len(text), 512):
-            part = text[start : start + 512]
-            n = len(part)
-            context.tokens[:n] = part
-            context.positions[:n] = np.arange(start, start + n)
-            context.sequences[:n] = 0
-            context.wanted[:n] = 1
-            assert context.decode(n) == 0
-            rows.append(context.logits(n).copy())
-        return np.concatenate(rows)
+class Plain(PlainLlama):
+    """What every text must agree with."""
 
     def judge(self, text: list[int]) -> npt.NDArray[np.bool_]:
         """See `tests.support.driver.Judge`."""
@@ -65,10 +47,6 @@ class Plain:
             after[np.arange(len(text) - 1), text[1:]] >= after.max(axis=1) - TOLERANCE
         )
         return np.concatenate([[False], good])
-
-    def close(self) -> None:
-        self.context.close()
-        self.model.close()
 
 
 def configure(path: Path, **changes: object) -> Configure:

@@ -13,7 +13,7 @@ from typing import Any
 from pagedd_daemon.models import tensor_names
 from pagedd_daemon.models.config import Activation, LayerAttention, ModelConfig, Rope
 from pagedd_daemon.models.errors import UnsupportedModelError
-from pagedd_daemon.models.fields import Fields
+from pagedd_daemon.models.fields import MOST_LAYERS, Fields
 from pagedd_daemon.models.rope_scaling import rope_of
 from pagedd_daemon.models.tensor_names import Naming
 
@@ -210,7 +210,7 @@ def config_of(fields: Fields, eog_tokens: frozenset[int] = frozenset()) -> Model
 
 
 def _attention(fields: Fields, family: Family, head_dim: int) -> tuple[LayerAttention, ...]:
-    windows = family.windows(fields, fields.integer("num_hidden_layers"))
+    windows = family.windows(fields, fields.integer("num_hidden_layers", most=MOST_LAYERS))
     if not family.local_rope:
         rope = _rope(fields, head_dim)
         return tuple(LayerAttention(rope, window) for window in windows)

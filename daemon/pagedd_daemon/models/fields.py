@@ -12,6 +12,9 @@ from pagedd_daemon.models.errors import ModelFileError
 LARGEST = 2**31 - 1
 """No size in a model's description is larger."""
 
+MOST_LAYERS = 4096
+"""The deepest models in use have 126."""
+
 
 class Fields:
     """A map whose every value is checked when it is read; `null` and absent are the same."""
@@ -25,20 +28,22 @@ class Fields:
             prefix: Where in the file the map is, for complaints; with a dot at its end.
         """
         self.path = path
-        self._values = values
+        self.values = values
         self.prefix = prefix
 
     def __contains__(self, name: str) -> bool:
-        return self._values.get(name) is not None
+        return self.values.get(name) is not None
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
         """The same, with values for what is absent; an explicit `null` stays one."""
-        return Fields(self.path, {**defaults, **self._values}, self.prefix)
+        return Fields(self.path, {**defaults, **self.values}, self.prefix)
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number from ``least`` to `LARGEST`; required without a default."""
+    def integer(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST
+    ) -> int:
+        """A whole number from ``least`` to ``most``; required without a default."""
         value = self._value(name, default)
-        if type(value) is not int or not least <= value <= LARGEST:
+        if type(value) is not int or not least <= value <= most:
             self.refuse(f"has {self.prefix}{name} = {_shown(value)}", name)
         return value
 
@@ -80,7 +85,7 @@ class Fields:
 
     def texts(self, name: str) -> tuple[str, ...] | None:
         """Texts, if they are there."""
-        value = self._values.get(name)
+        value = self.values.get(name)
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -89,7 +94,7 @@ class Fields:
 
     def ids(self, name: str) -> frozenset[int]:
         """Token ids: none, one, or a list of them."""
-        value = self._values.get(name)
+        value = self.values.get(name)
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(v) is int and 0 <= v <= LARGEST for v in listed):
             self.refuse(f"has {self.prefix}{name} = {_shown(value)}", name)
@@ -97,7 +102,7 @@ class Fields:
 
     def map(self, name: str) -> Fields:
         """A map within; empty if it is not there."""
-        value = self._values.get(name) or {}
+        value = self.values.get(name) or {}
         if not isinstance(value, dict):
             self.refuse(f"has {self.prefix}{name} = {_shown(value)}", name)
         return Fields(self.path, value, f"{self.prefix}{name}.")
@@ -108,7 +113,7 @@ class Fields:
         raise ModelFileError(self.path, reason, details)
 
     def _value(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
+        value = self.values.get(name)
         if value is None:
             if default is None:
                 self.refuse(f"does not say {self.prefix}{name}", name)

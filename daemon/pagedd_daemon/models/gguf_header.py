@@ -7,17 +7,16 @@ pieces, and the vocabulary's arrays are skipped. Format: ggml's ``docs/gguf.md``
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pagedd_daemon.models.errors import ModelFileError
-from pagedd_daemon.models.files import open_regular, sample
+from pagedd_daemon.models.files import open_regular
 from pagedd_daemon.models.ggml_types import (
     ARRAY,
     BOOL,
@@ -26,34 +25,10 @@ from pagedd_daemon.models.ggml_types import (
     STRING,
     TENSOR_TYPES,
 )
+from pagedd_daemon.models.gguf_reader import BoundedReader, HeaderLimits
+from pagedd_daemon.models.stored import StoredTensor
 
-
-@dataclass(frozen=True, slots=True)
-class HeaderLimits:
-    """What a header may hold at most: several times what the largest known models need."""
-
-    header_bytes: int = 128 * 2**20
-    """Bytes before the tensor data. A vocabulary of 262,144 with merges takes 20 MB."""
-    metadata_entries: int = 4096
-    """Key and value pairs. Models have 20 to 60."""
-    key_bytes: int = 1024
-    """Bytes of one key. The format allows 65,535; the longest in use has 60."""
-    string_bytes: int = 64 * 2**20
-    """Bytes of one string: some files carry a whole ``tokenizer.json``."""
-    array_elements: int = 2**26
-    """Elements of one array. Skipping numbers takes no time, whatever their count."""
-    strings: int = 2**21
-    """Strings in all arrays together, for these are walked one by one (about 0.1 s per million)."""
-    tensors: int = 65_536
-    """Tensors. Models have 200 to 3,000."""
-    tensor_name_bytes: int = 63
-    """Bytes of one tensor name: ggml keeps 64 with the final zero."""
-    dimensions: int = 4
-    """Dimensions of one tensor: ggml has no more."""
-    elements: int = 2**48
-    """Elements of one tensor, so that no product of sizes comes near 64 bits."""
-    alignment: int = 65_536
-    """Alignment of the tensor data; 32 is usual."""
+__all__ = ["GgufFile", "GgufHeader", "HeaderLimits", "Skipped", "read_gguf", "read_header"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +69,38 @@ class GgufHeader:
 
 
 _MAGIC = b"GGUF"
-_WINDOW_BYTES = 2**20
 _KEPT_STRING_BYTES = 1024
 _KEPT_ELEMENTS = 65_536
 """Numbers of all arrays together that are kept: some models say a figure for every layer."""
-_U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A checked header with all that was kept of it."""
+
+    header: GgufHeader
+    values: Mapping[str, Any]
+    """Metadata: numbers, texts up to `_KEPT_STRING_BYTES`, short arrays of numbers as tuples, and
+    `Skipped` for the rest."""
+    tensors: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A value that was checked and not kept."""
+
+    count: int
+    """Elements of the array; 1 for a text."""
+
+
 def read_header(path: Path, limits: HeaderLimits | None = None) -> GgufHeader:
-    """Check a GGUF file's header and say what is in it.
+    """Check a GGUF file's header and say what is in it: `read_gguf` without the tables."""
+    return read_gguf(path, limits).header
+
+
+def read_gguf(path: Path, limits: HeaderLimits | None = None) -> GgufFile:
+    """Check a GGUF file's header, and keep its metadata and the table of its tensors.
 
     Args:
         path: The file; symbolic links are followed.
@@ -127,27 +124,21 @@ def read_header(path: Path, limits: HeaderLimits | None = None) -> GgufHeader:
 class _Tensor:
     name: str
     kind: int
+    shape: tuple[int, ...]
     elements: int
     offset: int
     size: int
 
 
-class _Header:
-    """One pass over a header, in a window that is never larger than it must be."""
+class _Header(BoundedReader):
+    """One pass over a header."""
 
     def __init__(self, path: Path, fd: int, size: int, limits: HeaderLimits) -> None:
-        self._path = path
-        self._fd = fd
-        self._size = size
-        self._limits = limits
-        self._hash = hashlib.sha256()
-        self._window = b""
-        self._at = 0  # in the window
-        self._base = 0  # of the window in the file
+        super().__init__(path, fd, size, limits)
         self._strings = 0  # walked so far
         self._kept = 0  # numbers of arrays
 
-    def read(self) -> GgufHeader:
+    def read(self) -> GgufFile:
         version, tensor_count, entry_count = self._preamble()
         values: dict[str, Any] = {}
         for _ in range(entry_count):
@@ -163,7 +154,19 @@ class _Header:
         self._bound_header(end)  # it may have fitted into the first window
         data = -(-end // alignment) * alignment
         self._check_data(tensors, data)
-        return self._summary(version, values, tensors, data, self._digest(end))
+        header = self._summary(version, values, tensors, data, self._digest(end))
+        stored = {
+            t.name: StoredTensor(
+                t.name,
+                self._path,
+                data + t.offset,
+                t.size,
+                TENSOR_TYPES[t.kind][0],
+                t.shape[::-1],  # ggml counts dimensions from the contiguous one
+            )
+            for t in tensors
+        }
+        return GgufFile(header, values, stored)
 
     def _summary(
         self,
@@ -205,7 +208,7 @@ class _Header:
             name=_text_or_none(values.get("general.name")),
             context_length=number("context_length"),
             block_count=number("block_count"),
-            vocab_size=words.count if isinstance(words, _Skipped) else number("vocab_size"),
+            vocab_size=words.count if isinstance(words, Skipped) else number("vocab_size"),
             heads=heads,
             kv_heads=number("attention.head_count_kv") or heads,
             key_length=number("attention.key_length") or head_length,
@@ -245,7 +248,7 @@ class _Header:
         return version, tensors, entries
 
     def _value(self, key: str) -> Any:
-        """A number, a short text, a short array of numbers, or `_Skipped`."""
+        """A number, a short text, a short array of numbers, or `Skipped`."""
         kind = self._u32()
         if kind == ARRAY:
             return self._array(key)
@@ -253,7 +256,7 @@ class _Header:
             length = self._length(self._limits.string_bytes, f"the value of {key!r}")
             if length > _KEPT_STRING_BYTES:
                 self._skip(length)
-                return _Skipped(1)
+                return Skipped(1)
             return self._take(length).decode("utf-8", "replace")
         return self._scalar(kind, key)
 
@@ -274,7 +277,7 @@ class _Header:
         self._bound(count, self._limits.array_elements, f"elements of {key!r}")
         if kind == STRING:
             self._skip_strings(count, key)
-            return _Skipped(count)
+            return Skipped(count)
         code = SCALARS.get(kind)
         if code is None:  # ggml reads no arrays of arrays either
             self._refuse(f"has an array of unusable type {kind} ({key})", {"type": kind})
@@ -283,7 +286,7 @@ class _Header:
             self._kept += count
             return struct.unpack(f"<{count}{code}", self._take(size))
         self._skip(size)
-        return _Skipped(count)
+        return Skipped(count)
 
     def _skip_strings(self, count: int, key: str) -> None:
         """Walk over strings: the hot loop, over 100,000 in most files."""
@@ -336,7 +339,7 @@ class _Header:
         offset = self._u64()
         if offset % alignment:
             self._refuse(f"has tensor {name!r} at {offset}, which is not aligned to {alignment}")
-        return _Tensor(name, kind, elements, offset, elements // block * block_bytes)
+        return _Tensor(name, kind, tuple(shape), elements, offset, elements // block * block_bytes)
 
     def _check_data(self, tensors: list[_Tensor], data: int) -> None:
         """Every tensor lies in the file, and none in another."""
@@ -352,96 +355,6 @@ class _Header:
             free = tensor.offset + tensor.size
         if data + free > self._size:
             self._truncated(data + free)
-
-    def _digest(self, end: int) -> bytes:
-        digest = self._hash
-        digest.update(self._window[: end - self._base])
-        sample(digest, self._fd, self._size)
-        return digest.digest()
-
-    # ---------------------------------------------------------------------------- bounded reads
-
-    def _position(self) -> int:
-        return self._base + self._at
-
-    def _fill(self, count: int) -> None:
-        """Have at least ``count`` bytes before the end of the window."""
-        start = self._position()
-        if start + count > self._size:
-            self._truncated(start + count)
-        self._bound_header(start + count)
-        self._hash.update(self._window[: self._at])
-        kept = self._window[self._at :]
-        parts, have = [kept], len(kept)
-        while have < count:
-            part = os.pread(self._fd, max(count - have, _WINDOW_BYTES), start + have)
-            if not part:
-                self._truncated(start + count)
-            parts.append(part)
-            have += len(part)
-        self._window, self._at, self._base = b"".join(parts), 0, start
-
-    def _take(self, count: int) -> bytes:
-        if self._at + count > len(self._window):
-            self._fill(count)
-        taken = self._window[self._at : self._at + count]
-        self._at += count
-        return taken
-
-    def _skip(self, count: int) -> None:
-        if self._position() + count > self._size:
-            self._truncated(self._position() + count)
-        while count:
-            step = min(count, max(len(self._window) - self._at, 0) or _WINDOW_BYTES)
-            self._take(step)
-            count -= step
-
-    def _u32(self) -> int:
-        (value,) = _U32.unpack(self._take(4))
-        return int(value)
-
-    def _u64(self) -> int:
-        (value,) = _U64.unpack(self._take(8))
-        return int(value)
-
-    def _length(self, limit: int, what: str) -> int:
-        length = self._u64()
-        self._bound(length, limit, f"bytes of {what}")
-        if length > self._size - self._position():
-            self._truncated(self._position() + length)
-        return length
-
-    def _text(self, limit: int, what: str) -> str:
-        raw = self._take(self._length(limit, what))
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            self._refuse(f"has {what} that is not UTF-8", {"bytes": raw[:64].hex()})
-
-    def _bound(self, value: int, limit: int, what: str) -> None:
-        if value > limit:
-            self._refuse(f"claims {value} {what}; {limit} is the limit", {"limit": limit})
-
-    def _bound_header(self, end: int) -> None:
-        limit = self._limits.header_bytes
-        if end > limit:
-            self._refuse(f"has a header of more than {limit} bytes", {"limit": limit})
-
-    def _truncated(self, needed: int) -> NoReturn:
-        self._refuse(
-            f"is truncated: it has {self._size} bytes and needs at least {needed}",
-            {"size_bytes": self._size, "needed_bytes": needed},
-        )
-
-    def _refuse(self, reason: str, details: Mapping[str, Any] | None = None) -> NoReturn:
-        raise ModelFileError(self._path, reason, details)
-
-
-@dataclass(frozen=True, slots=True)
-class _Skipped:
-    """A value that was checked and not kept."""
-
-    count: int
 
 
 def _text_or_none(value: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pagedd_daemon.models.folder import read_folder
+from pagedd_daemon.models.gguf_config import read_gguf_model
 from pagedd_daemon.models.stored import StoredModel
 
 
@@ -15,4 +16,4 @@ def read_model(path: Path) -> StoredModel:
         UnsupportedModelError: The architecture is not one the torch backend computes.
         ModelFileError: A file is missing or wrong.
     """
-    return read_folder(path)
+    return read_folder(path) if path.is_dir() else read_gguf_model(path)

@@ -54,13 +54,24 @@ class StoredModel:
         """Every weight with the tensors it is stacked from, all of the right shape and type.
 
         Raises:
-            ModelFileError: One is missing, has another shape than the configuration says, or a type
-                that cannot be read; names file and tensor.
+            ModelFileError: One is missing or one too many, has another shape than the configuration
+                says, or a type that cannot be read; names file and tensor.
         """
-        return [
+        plan = [
             (parameter, [self._tensor(parameter, piece) for piece in parameter.pieces])
             for parameter in parameters(self.config, self.naming)
         ]
+        used = {piece.name for parameter, _ in plan for piece in parameter.pieces}
+        layers = self.naming.layer.partition("{")[0]
+        for name in sorted(self.tensors.keys() - used):
+            # Overlooked, it would mean another model than the file's; tables can be made anew.
+            if name.startswith(layers) and not name.endswith("rotary_emb.inv_freq"):
+                raise ModelFileError(
+                    self.path,
+                    f"has a tensor {name!r} that {self.config.architecture} models do not have",
+                    {"tensor": name},
+                )
+        return plan
 
     def _tensor(self, parameter: Parameter, piece: Piece) -> StoredTensor:
         tensor = self.tensors.get(piece.name)
@@ -84,7 +95,7 @@ class StoredModel:
                     "expected_shape": list(piece.shape),
                 },
             )
-        if tensor.kind not in READABLE:
+        if tensor.kind not in READABLE or (len(piece.shape) == 1 and BLOCKS[tensor.kind][0] > 1):
             raise ModelFileError(
                 tensor.path,
                 f"has tensor {piece.name!r} of type {tensor.kind}, which the torch backend cannot "
