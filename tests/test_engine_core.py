@@ -6,7 +6,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -65,9 +65,10 @@ class Bench:
             vocab_size=258,
             eog_tokens=(EOG,),
         )
-        capabilities = SimulatedBackend.from_configure(
-            configure, keep_cached_on_gpu=not llama
-        ).capabilities
+        capabilities = replace(
+            SimulatedBackend.from_configure(configure, keep_cached_on_gpu=not llama).capabilities,
+            asynchronous=not llama,
+        )
         self.backend = SimulatedBackend(
             capabilities,
             step_s=0.010,
@@ -268,6 +269,7 @@ def test_a_failed_step_ends_its_requests_and_nobody_else() -> None:
         bench.step()
     bench.backend.faults.steps.add(bench.engine.steps)
     bench.step()
+    bench.step()  # collects it
     assert bench.outcomes[1].rejected is not None
     assert bench.outcomes[1].rejected.code == "E_ENGINE"
     bench.submit(2, prompt_of(1, 30), max_tokens=5)
@@ -306,6 +308,8 @@ def test_random_traffic_under_pressure_gives_everybody_the_text_of_a_quiet_machi
                     "klass": rng.randrange(3),
                     "max_tokens": rng.randrange(1, 90),
                     "temperature": rng.choice([0.0, 0.9]),
+                    "ignore_eos": rng.random() < 0.5,
+                    "frequency_penalty": rng.choice([0.0, 0.0, 0.5]),
                     "seed": rng.randrange(2**60),
                 },
             )

@@ -17,14 +17,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpager.types import CopyBlock, Instruction, Load, Shrunk, Store, Tier
 from pagedd_daemon.backends.base import (
+    PENDING,
     Capabilities,
+    Draw,
     Handle,
     MemoryReport,
     ModelLoadError,
@@ -132,6 +134,8 @@ class SimulatedBackend:
         self._transfers = 0
         self._pending: deque[tuple[Store | Load, int, int]] = deque()
         self._polls = 0
+        self._tokens: dict[int, int] = {}
+        """What the last step drew for each of its sequences that has one draw."""
         self._noise = noise(1 << 16, capabilities.vocab_size)
         self._logits = np.zeros((16, capabilities.vocab_size), np.float32)
 
@@ -250,6 +254,7 @@ class SimulatedBackend:
         seconds = self._step_s + self._token_s * sum(len(run.tokens) for run in step.runs)
         drawn: list[tuple[int, Drawn]] | None = None
         if number in self.faults.steps:
+            self._tokens = {one.seq: 0 for run in step.runs for one in run.draws}
             for run in step.runs:
                 self._write(run, np.full(len(run.tokens), POISON, np.uint64))
         else:
@@ -268,6 +273,7 @@ class SimulatedBackend:
         return StepResult(handle.epoch, handle.drawn, handle.seconds)
 
     def _compute(self, runs: list[Run]) -> list[tuple[int, Drawn]]:
+        runs = [self._known(run) for run in runs]
         sequences: list[int] = []
         wanted: list[tuple[int, Sampler]] = []
         rows = 0
@@ -282,9 +288,17 @@ class SimulatedBackend:
                 sequences.append(one.seq)
                 wanted.append((rows, one.sampler))
             rows += 1
-        if not rows:
-            return []
-        return list(zip(sequences, draw(self._logits[:rows], wanted), strict=True))
+        drawn = draw(self._logits[:rows], wanted) if rows else []
+        self._tokens = {seq: one.token for seq, one in zip(sequences, drawn, strict=True)}
+        return list(zip(sequences, drawn, strict=True))
+
+    def _known(self, run: Run) -> Run:
+        """A run whose input the step before has drawn, with that token and as of after it."""
+        if run.tokens.item(0) != PENDING:
+            return run
+        token = max(0, self._tokens[run.seq])  # what follows a NaN is of no use to anybody
+        draws = [Draw(one.seq, one.sampler.after(token)) for one in run.draws]
+        return replace(run, tokens=np.array([token], np.int32), draws=draws)
 
     def _advance(self, run: Run) -> int:
         """Compute the run's cells; returns the last one."""

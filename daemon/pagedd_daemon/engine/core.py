@@ -8,18 +8,19 @@ step and returns its report. There is no I/O and no waiting beside the backend's
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
 from kvpager.types import PriorityClass
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends.base import Backend, Step, StepFaultError, StepResult
+from pagedd_daemon.backends.base import Backend, Handle, Step, StepFaultError, StepResult
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.snapshot import Totals, snapshot
-from pagedd_daemon.engine.work import Request, Sequence
+from pagedd_daemon.engine.work import Request, Sequence, SequenceState
 from pagedd_daemon.params import SamplingParams, StopParams
 
 
@@ -33,6 +34,9 @@ class Engine:
         self._pool = Pool(backend)
         self._scheduler = Scheduler(self._pool, self._caps)
         self._requests: dict[int, Request] = {}
+        self._depth = 2 if self._caps.asynchronous else 1
+        """Steps in flight at most."""
+        self._flights: deque[tuple[Step, Handle]] = deque()
         self._steps = 0
         self._report = m.StepReport(0)
         self._totals = Totals()
@@ -62,10 +66,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether to call `step` without a new message: a request is alive and not paused, or a
-        transfer has not ended."""
-        return self._pool.transfers_in_flight > 0 or any(
-            not request.paused for request in self._requests.values()
-        )
+        step or a transfer has not ended."""
+        if self._flights or self._pool.transfers_in_flight > 0:
+            return True
+        return any(not request.paused for request in self._requests.values())
 
     @property
     def steps(self) -> int:
@@ -94,35 +98,43 @@ class Engine:
     # ---------------------------------------------------------------------------------------- step
 
     def step(self, say: Callable[[m.StepReport], None]) -> bool:
-        """Run one step if anybody can run.
+        """Launch the next step, if anybody can run, and collect the one before it.
 
-        What a step brought is said while something else goes on: where launching is asynchronous,
-        after the launch of the next step (but for a request's first token, which somebody waits
-        for); else before the books are brought up to date, so that the front works while the
-        engine does, with a second report for what ends.
+        Where the backend computes by itself, the step that was just launched runs meanwhile; else
+        it is the one that is collected. What a step drew is said before the books are brought up to
+        date, so that the front works while the engine does; what ends follows in a second report.
 
         Returns:
-            Whether a step was run.
+            Whether a step was launched or collected.
         """
         step = self._scheduler.plan(self._clock())
         self._announce()
-        if step is None:
-            self._say(say)
-            return False
-        self._steps += 1
+        if step is not None:
+            self._steps += 1
+            try:
+                self._flights.append((step, self._backend.launch(step)))
+            except StepFaultError as fault:
+                self._drain(say)
+                self._fail(step, str(fault))
+        if self._flights and (step is None or len(self._flights) == self._depth):
+            self._collect(say)
+            self._scheduler.settle()
+        self._say(say)
+        return step is not None or bool(self._flights)
+
+    def _drain(self, say: Callable[[m.StepReport], None]) -> None:
+        while self._flights:
+            self._collect(say)
+
+    def _collect(self, say: Callable[[m.StepReport], None]) -> None:
+        """Wait for the oldest step in flight."""
+        step, handle = self._flights.popleft()
         try:
-            handle = self._backend.launch(step)
-            if self._caps.asynchronous:
-                self._say(say)
             result = self._backend.collect(handle)
         except StepFaultError as fault:
             self._fail(step, str(fault))
         else:
             self._retire(step, result, say)
-        self._scheduler.settle()
-        if not (self._caps.asynchronous and self.has_work):
-            self._say(say)
-        return True
 
     def _announce(self) -> None:
         """Report what planning found: who started, who can never fit, who cannot grow."""
@@ -145,25 +157,23 @@ class Engine:
         self._scheduler.stranded.clear()
 
     def _retire(self, step: Step, result: StepResult, say: Callable[[m.StepReport], None]) -> None:
-        sequences = self._scheduler.launched
         drawn = iter(result.drawn)
         now = self._clock()
         kept: list[tuple[Sequence, list[Drawn]]] = []
-        first = False
-        for run, sequence in zip(step.runs, sequences, strict=True):
+        for run, sequence in zip(step.runs, self._scheduler.launched, strict=True):
             if not run.draws:
                 continue
             tokens = [next(drawn)[1] for _ in run.draws]
+            if sequence.state is SequenceState.ENDED:
+                continue  # by the token before, after this step was launched
             kept.append((sequence, tokens))
             request = sequence.request
             if request.first_token_s == 0.0:
                 request.first_token_s = now
-                first = True
             request.last_token_s = now
             for offset, one in enumerate(tokens):
                 self._output(request, sequence.index + offset, one)
-        if first or not self._caps.asynchronous:
-            self._say(say)
+        self._say(say)
         self._scheduler.retire(step, result.seconds)
         for sequence, tokens in kept:
             if len(tokens) > 1:

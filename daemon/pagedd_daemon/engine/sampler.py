@@ -11,6 +11,7 @@ Ties are broken by the lowest id everywhere. Sums are float64.
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -168,6 +169,14 @@ class Sampler:
         if self._history is not None:
             self._history.add(token)
 
+    def after(self, token: int) -> Sampler:
+        """This sampler as it will be once ``token`` is accepted; this one stays as it is."""
+        other = copy.copy(self)
+        if self._history is not None:
+            other._history = self._history.copy()
+        other.accept(token)
+        return other
+
     def rewind(self, generated: int) -> None:
         """Forget the accepted tokens beyond the first ``generated``."""
         assert 0 <= generated <= self.generated
@@ -177,9 +186,7 @@ class Sampler:
 
     def fork(self, index: int) -> Sampler:
         """Another sample of the same request, with the same text so far and draws of its own."""
-        other = object.__new__(Sampler)
-        for name in Sampler.__slots__:
-            setattr(other, name, getattr(self, name))
+        other = copy.copy(self)
         other._key = _mix(_mix(self.params.seed & _MASK64) ^ index)
         if self._history is not None:
             other._history = self._history.copy()

@@ -4,11 +4,18 @@ There are no prefill and decode phases. A step holds, in this order: the next to
 decodes, sequences that come back from a lower tier, and chunks of prompts, cut so that the step
 stays within its time. Decodes get their room first, by preempting the least important sequence if
 need be: a full pool pages somebody out and never fails a request.
+
+Where the backend computes by itself a step is planned while the one before it runs. Then a sequence
+has its place in a step before its token is known, and when that token ends it, the place was in
+vain: what was computed there is forgotten.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+
+import numpy as np
 
 from kvpager.types import (
     Admit,
@@ -32,7 +39,7 @@ from kvpager.types import (
     Tokens,
     Truncate,
 )
-from pagedd_daemon.backends.base import Capabilities, Draw, Run, Step
+from pagedd_daemon.backends.base import PENDING, Capabilities, Draw, Run, Step
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.engine.stepcost import StepCost
@@ -53,6 +60,8 @@ _LEAST_CHUNK = 32
 """Prompt tokens of a step at least: llama.cpp computes chunks of 64 at full speed, 32 at 85 %."""
 _ROOM_TOKENS = 256
 """Generated tokens a buffer has room for from the start; it doubles when they are used up."""
+_NOT_DRAWN = np.array([PENDING], np.int32)
+_NOT_DRAWN.flags.writeable = False
 
 
 class Scheduler:
@@ -66,7 +75,8 @@ class Scheduler:
         self._preempted: list[Sequence] = []
         self._next_seq = 0
         self._epoch = 0
-        self._launched: list[tuple[Sequence, int]] = []
+        self._flights: deque[list[tuple[Sequence, int]]] = deque()
+        """Who takes part in each step in flight, with how many tokens; the oldest step first."""
         self._stretch: Stretch | None = None
         self._changed = True
         self._shrunk = False
@@ -124,13 +134,16 @@ class Scheduler:
     def end(self, sequence: Sequence, *, keep_tokens: int | None = None) -> None:
         """A sequence is over; what it computed (its first ``keep_tokens``) stays in the cache."""
         self._end_stretch()
-        if keep_tokens is not None and keep_tokens < sequence.computed:
-            if sequence.state is SequenceState.RUNNING:
-                self._settle(self._pool.handle(Truncate(sequence.seq, keep_tokens)))
-            sequence.computed = keep_tokens
+        known = len(sequence.tokens)
+        keep = known if keep_tokens is None else min(keep_tokens, known)
+        if keep < sequence.computed:
+            if sequence.state in (SequenceState.RUNNING, SequenceState.LEAVING):
+                self._settle(self._pool.handle(Truncate(sequence.seq, keep)))
+            sequence.computed = keep
         self._sequences.pop(sequence.seq)
         if sequence in self._preempted:
             self._preempted.remove(sequence)
+        sequence.state = SequenceState.ENDED
         self._settle(self._pool.handle(Free(sequence.seq)))
         self._changed = True
 
@@ -157,9 +170,13 @@ class Scheduler:
     # ------------------------------------------------------------------------------------- a step
 
     def plan(self, now: float) -> Step | None:
-        """The next step, its room reserved, or None if nobody can run now."""
+        """The next step, its room reserved, or None if nobody can run now.
+
+        It is in flight from now on, until `retire` or `fail`.
+        """
         if self._stretch is not None:
-            return self._step(self._launched)
+            self._flights.append(self._stretch.parts)
+            return self._stretch.next_step()
         self.settle()
         self._give_way()
         decodes = [s for s in self._sequences.values() if s.decodes]
@@ -181,21 +198,30 @@ class Scheduler:
             self._changed = True
 
     @property
+    def in_flight(self) -> int:
+        """Steps that were planned and are not over."""
+        return len(self._flights)
+
+    @property
     def launched(self) -> list[Sequence]:
-        """The sequences of the step in flight, in the order of its runs."""
-        return [sequence for sequence, _ in self._launched]
+        """The sequences of the oldest step in flight, in the order of its runs."""
+        return [sequence for sequence, _ in self._flights[0]]
 
     def retire(self, step: Step, seconds: float) -> None:
-        """The step is done: its tokens are in the pool."""
-        for sequence, count in self._launched:
-            sequence.computed += count
+        """The oldest step in flight is done: its tokens are in the pool."""
+        parts = self._flights.popleft()
         if self._stretch is not None:
             self.cost.observe(len(step.runs), 0, seconds)
             if self._stretch.step_done():
                 self._end_stretch()
             return
-        self._launched = []
-        self._settle(self._pool.handle(StepRetired(step.epoch, tuple(r.tokens for r in step.runs))))
+        for run, (sequence, _) in zip(step.runs, parts, strict=True):
+            if run.draws:
+                sequence.drawing = False
+        tokens = tuple(
+            _inputs(run, sequence) for run, (sequence, _) in zip(step.runs, parts, strict=True)
+        )
+        self._settle(self._pool.handle(StepRetired(step.epoch, tokens)))
         decodes = sum(1 for run in step.runs if len(run.tokens) == 1)
         prefill = sum(len(run.tokens) for run in step.runs if len(run.tokens) > 1)
         self.cost.observe(decodes, prefill, seconds)
@@ -205,21 +231,29 @@ class Scheduler:
                 self._pool.pager.observe(prefill_tokens_per_s=rate)
 
     def fail(self, step: Step) -> list[Sequence]:
-        """The step was refused: its sequences stand where they stood. Returns them."""
-        sequences = self.launched
-        if self._stretch is not None and self._stretch.done:
+        """The oldest step in flight was refused: its sequences stand where they stood before it.
+
+        So does, for them, a later step that was launched upon it. Returns them.
+        """
+        parts = self._flights.popleft()
+        for run, (sequence, _) in zip(step.runs, parts, strict=True):
+            sequence.computed = min(sequence.computed, run.start)
+            sequence.drawing = False
+        stretch = self._stretch
+        if stretch is not None and stretch.done:
             self._end_stretch()
-            return sequences
-        self._stretch = None
-        self._launched = []
-        self._settle(self._pool.handle(StepFailed(step.epoch)))
-        return sequences
+        else:
+            self._stretch = None
+            self._settle(self._pool.handle(StepFailed(step.epoch)))
+        return [sequence for sequence, _ in parts]
 
     # ---------------------------------------------------------------------------------- stretches
 
     def _room_ahead(self, ready: list[Sequence]) -> int:
         """Steps that these sequences alone can take before anything needs to be decided."""
-        if self._preempted or self.waiting or self._pool.transfers_in_flight:
+        if self._caps.asynchronous or self._preempted or self.waiting:
+            return 1
+        if self._pool.transfers_in_flight:
             return 1
         ahead = steps_ahead(ready, self._caps.context_tokens)
         if ahead > 1 and self._reserve(ready, [ahead] * len(ready)):
@@ -228,16 +262,16 @@ class Scheduler:
 
     def _begin_stretch(self, ready: list[Sequence], steps: int) -> Step:
         self._announce_step([(s, steps) for s in ready])
-        self._stretch = Stretch(self._epoch, ready, steps)
-        self._launched = [(s, 1) for s in ready]
-        return self._step(self._launched)
+        first = Step(self._epoch, [self._run(sequence, 1) for sequence in ready])
+        self._stretch = Stretch(first, ready, steps)
+        self._flights.append(self._stretch.parts)
+        return self._stretch.next_step()
 
     def _end_stretch(self) -> None:
         """Tell the pager what the stretch has computed, all of it or not."""
         stretch, self._stretch = self._stretch, None
         if stretch is None:
             return
-        self._launched = []
         if stretch.done:
             self._settle(self._pool.handle(StepRetired(stretch.epoch, stretch.tokens())))
         else:
@@ -257,12 +291,12 @@ class Scheduler:
             if not asking:
                 break
             pressed = True
-            if self._pool.transfers_in_flight:
+            if self._pool.transfers_in_flight or self._somebody_leaves():
                 break  # room may be on its way already, from a victim of the last step
-            victim = self._victim(asking[0], must=not ready)
+            victim = self._victim(asking[0], must=not ready and not self._flights)
             if victim is None:
                 break
-            self._settle(self._pool.handle(Preempt(victim.seq)))
+            self._page_out(victim)
             self._settle(self._pool.settle())
             ready = [s for s in ready if s.state is SequenceState.RUNNING]
             asking = [s for s in asking if s.state is SequenceState.RUNNING]
@@ -270,15 +304,23 @@ class Scheduler:
 
     def _give_way(self) -> None:
         """The pool has shrunk below what runs: page out the least important until the rest fits."""
-        while self._shrunk and self._pool.pager.excess():
-            running = [s for s in self._sequences.values() if s.state is SequenceState.RUNNING]
-            victim = self._pool.pager.choose_victim([s.seq for s in running])
-            if victim is None and running:
-                victim = running[-1].seq
-            if victim is None:
+        while self._shrunk and self._pool.pager.excess() and not self._somebody_leaves():
+            running = [s for s in self._sequences.values() if s.removable]
+            chosen = self._pool.pager.choose_victim([s.seq for s in running])
+            if not running:
                 return
-            self._settle(self._pool.handle(Preempt(victim)))
+            self._page_out(running[-1] if chosen is None else self._sequences[chosen])
             self._settle(self._pool.settle())
+
+    def _page_out(self, victim: Sequence) -> None:
+        """Have it give its blocks back, as soon as no step in flight needs them."""
+        for member in victim.request.sequences.values():
+            if member.state is SequenceState.RUNNING:
+                member.state = SequenceState.LEAVING
+        self._settle(self._pool.handle(Preempt(victim.seq)))
+
+    def _somebody_leaves(self) -> bool:
+        return any(s.state is SequenceState.LEAVING for s in self._sequences.values())
 
     def _victim(self, asking: Sequence, *, must: bool) -> Sequence | None:
         """Whom to page out: a paused one (its client does not read), else the pager's choice.
@@ -286,7 +328,7 @@ class Scheduler:
         The pager spares whoever was just resumed. With ``must`` nobody else could go on either, so
         then the newest other one is taken; if there is none, ``asking`` is stranded.
         """
-        running = [s for s in self._sequences.values() if s.state is SequenceState.RUNNING]
+        running = [s for s in self._sequences.values() if s.removable]
         paused = [s for s in running if s.request.paused]
         chosen = self._pool.pager.choose_victim([s.seq for s in (paused or running)])
         others = [s for s in running if s is not asking]
@@ -359,8 +401,8 @@ class Scheduler:
         for sequence in list(self._sequences.values()):
             if computing and sequence.pending <= 1:
                 continue
-            if sequence.request.paused and sequence.state is SequenceState.RUNNING:
-                self._settle(self._pool.handle(Preempt(sequence.seq)))
+            if sequence.request.paused and sequence.removable:
+                self._page_out(sequence)
                 self._changed = True
 
     def _try_admit(self, request: Request, now: float) -> DeferReason | None:
@@ -437,17 +479,18 @@ class Scheduler:
     def _launch(self, parts: list[tuple[Sequence, int]]) -> Step:
         """The step over ``parts``, announced to the pager."""
         self._announce_step(parts)
-        self._launched = parts
-        return self._step(parts)
+        step = Step(self._epoch, [self._run(sequence, count) for sequence, count in parts])
+        self._flights.append(parts)
+        for run, (sequence, count) in zip(step.runs, parts, strict=True):
+            sequence.computed += count
+            sequence.drawing = bool(run.draws)
+        return step
 
     def _announce_step(self, parts: list[tuple[Sequence, int]]) -> None:
         self._epoch += 1
         self._pool.handle(
             StepLaunched(self._epoch, tuple(s.seq for s, _ in parts), tuple(n for _, n in parts))
         )
-
-    def _step(self, parts: list[tuple[Sequence, int]]) -> Step:
-        return Step(self._epoch, [self._run(sequence, count) for sequence, count in parts])
 
     def _run(self, sequence: Sequence, count: int) -> Run:
         start = sequence.computed
@@ -457,10 +500,11 @@ class Scheduler:
             if sequence.generated == 0 and sequence.request.samples > 1:
                 others = range(1, sequence.request.samples)
                 draws += tuple(Draw(sequence.seq, sequence.sampler.fork(i)) for i in others)
+        known = start < len(sequence.tokens)
         return Run(
             sequence.seq,
             start,
-            sequence.tokens.view(start, start + count),
+            sequence.tokens.view(start, start + count) if known else _NOT_DRAWN,
             self._pool.pager.block_table(sequence.seq),
             draws,
         )
@@ -487,6 +531,13 @@ class Scheduler:
                     self._preempted.append(sequence)
                 case _:
                     pass
+
+
+def _inputs(run: Run, sequence: Sequence) -> Tokens:
+    """What a run's input was, now that it is known. Of a sequence that has ended, the pager keeps
+    only what is known."""
+    end = run.start + len(run.tokens)
+    return sequence.tokens.view(run.start, end) if end <= len(sequence.tokens) else run.tokens
 
 
 def _buffer(request: Request, known: Tokens) -> TokenBuffer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvpager.types import Tokens
+from pagedd_daemon.backends.base import Step
 from pagedd_daemon.engine.work import Sequence
 
 STRETCH_STEPS = 8
@@ -11,7 +12,12 @@ pager's three events cost 230 µs a step with the cold caches that a step of lla
 
 
 def steps_ahead(sequences: list[Sequence], context_tokens: int) -> int:
-    """Steps until the first of these must end, at most `STRETCH_STEPS`."""
+    """Steps until the first of these must end, at most `STRETCH_STEPS`.
+
+    One, where the last token of a prompt is to be computed: its other samples fork right after.
+    """
+    if any(s.generated == 0 for s in sequences):
+        return 1
     left = (
         min(s.request.stop.max_tokens - s.generated, context_tokens - len(s.tokens))
         for s in sequences
@@ -22,16 +28,34 @@ def steps_ahead(sequences: list[Sequence], context_tokens: int) -> int:
 class Stretch:
     """While nobody comes, goes, or needs room, a decode step decides nothing: the same sequences
     take their next token. So the pager is told once, of several tokens each; whatever happens ends
-    the stretch first, with as many tokens as were computed by then.
+    the stretch first, with as many tokens as were computed by then. Its steps come one after the
+    other, never two in flight.
     """
 
-    def __init__(self, epoch: int, sequences: list[Sequence], steps: int) -> None:
-        self.epoch = epoch
+    def __init__(self, step: Step, sequences: list[Sequence], steps: int) -> None:
+        """``step`` is the first one; its runs are reused for the others."""
+        self.parts = [(sequence, 1) for sequence in sequences]
+        """Who takes part in each of its steps, with how many tokens."""
         self.done = 0
         """Steps that have retired."""
+        self._step = step
         self._sequences = sequences
         self._starts = [sequence.computed for sequence in sequences]
         self._steps = steps
+
+    @property
+    def epoch(self) -> int:
+        """Of all its steps: the pager knows one."""
+        return self._step.epoch
+
+    def next_step(self) -> Step:
+        """The step in which every sequence computes the token it got last."""
+        for run, sequence in zip(self._step.runs, self._sequences, strict=True):
+            at = sequence.computed
+            run.start = at
+            run.tokens = sequence.tokens.view(at, at + 1)
+            sequence.computed = at + 1
+        return self._step
 
     def step_done(self) -> bool:
         """One more step has retired; whether it was the last."""

@@ -20,8 +20,12 @@ class SequenceState(Enum):
     LOADING = "loading"
     """Its pages are on their way into the first tier."""
     RUNNING = "running"
+    LEAVING = "leaving"
+    """To be paged out once the step in flight that it takes part in is over."""
     PREEMPTED = "preempted"
     """Paged out; it holds nothing of the first tier."""
+    ENDED = "ended"
+    """Over; a step in flight may still compute for it, in vain."""
 
 
 class TokenBuffer:
@@ -84,8 +88,9 @@ class Request:
 class Sequence:
     """One sample's tokens: the prompt, then what was drawn.
 
-    ``computed`` of them are in the pool; the others wait to be a step's input. While decoding that
-    is exactly the last drawn one.
+    ``computed`` of them are in the pool, or will be when the steps in flight are over; the others
+    wait to be a step's input. While decoding that is exactly the last one, which may not even be
+    drawn yet: then a step in flight is ``drawing`` it.
     """
 
     seq: int
@@ -94,12 +99,13 @@ class Sequence:
     sampler: Sampler
     tokens: TokenBuffer
     computed: int = 0
+    drawing: bool = False
     state: SequenceState = SequenceState.RUNNING
 
     @property
     def pending(self) -> int:
-        """Known tokens that are not computed yet; at least 1 while it lives."""
-        return len(self.tokens) - self.computed
+        """Tokens that no step has had as input yet; at least 1 while it lives."""
+        return len(self.tokens) + self.drawing - self.computed
 
     @property
     def generated(self) -> int:
@@ -109,7 +115,21 @@ class Sequence:
     @property
     def runs(self) -> bool:
         """Whether it may take part in a step."""
-        return self.state is SequenceState.RUNNING and not self.request.paused
+        if self.state is not SequenceState.RUNNING or self.request.paused:
+            return False
+        if not self.drawing:
+            return True
+        return self.generated + 1 < self.request.stop.max_tokens and not self.will_fork
+
+    @property
+    def will_fork(self) -> bool:
+        """Whether the other samples of its request fork from it when the step in flight is over."""
+        return self.drawing and self.generated == 0 and self.request.samples > 1
+
+    @property
+    def removable(self) -> bool:
+        """Whether it may be paged out now."""
+        return self.state is SequenceState.RUNNING and not self.will_fork
 
     @property
     def decodes(self) -> bool:
