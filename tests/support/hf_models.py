@@ -111,4 +111,7 @@ def write_model(
         if config.tie_word_embeddings:
             model.tie_weights()
     model.eval().to(dtype).save_pretrained(folder, **saving)
-    return model.float()
+    if dtype == torch.float32:
+        return model
+    # Casting has rounded its rotary frequencies too, which the file does not keep.
+    return type(model).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

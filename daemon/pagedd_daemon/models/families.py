@@ -183,7 +183,10 @@ def config_of(fields: Fields, eog_tokens: frozenset[int] = frozenset()) -> Model
         fields.refuse(f"has a hidden_size of {width}, no multiple of its {heads} heads")
     head_dim = fields.integer("head_dim", width // heads)
     if heads % kv_heads or head_dim % 2:
-        fields.refuse(f"has {heads} heads of {head_dim} over {kv_heads} for keys and values")
+        fields.refuse(
+            f"has {heads} heads of {head_dim} elements over {kv_heads} for keys and values "
+            "(num_attention_heads, head_dim, num_key_value_heads)"
+        )
     scale = fields.positive("query_pre_attn_scalar") if family.gemma else float(head_dim)
     return ModelConfig(
         architecture=architecture,

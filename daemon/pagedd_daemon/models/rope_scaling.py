@@ -39,7 +39,9 @@ def rope_of(
     if kind in ("longrope", "su"):
         return _longrope(fields, base, dims, context_tokens, original)
     if kind != "default":
-        fields.refuse(f"asks for rotary embeddings of kind {kind!r}, which are not known here")
+        fields.refuse(
+            f"asks for rotary embeddings of kind {kind!r}, which are not known here", "rope_type"
+        )
     return Rope(base, dims)
 
 
