@@ -368,3 +368,21 @@ def test_a_pool_that_shrinks_and_grows_changes_nobodys_text(llama: bool, ram_blo
     for rid in range(10):
         assert hard.outcomes[rid].tokens == quiet.outcomes[rid].tokens
         assert set(hard.outcomes[rid].reasons.values()) == {"length"}
+
+
+@pytest.mark.parametrize("fails", [frozenset(), frozenset({9, 11, 14, 20})])
+def test_a_front_computed_while_the_back_is_loaded_changes_nobodys_text(
+    fails: frozenset[int],
+) -> None:
+    # A page takes 32 ms to compute and 12 to load, so a third or so is worth computing.
+    quiet, tight = Bench(kv_tokens=32768), Bench(kv_tokens=1024, page_s=0.012)
+    tight.backend.faults.delay_polls = 3
+    tight.backend.faults.transfers = set(fails)
+    for bench in (quiet, tight):
+        for rid in range(10):
+            bench.submit(rid, prompt_of(rid, 300), max_tokens=100)
+        bench.run()
+    for rid in range(10):
+        assert tight.outcomes[rid].tokens == quiet.outcomes[rid].tokens
+        assert tight.outcomes[rid].reasons == {0: "length"}
+    assert tight.engine._pool.pager.stats().restores > 2

@@ -25,17 +25,22 @@ from kvpager import (
     InvariantError,
     Pager,
     PagerConfig,
+    Shrunk,
     TransferDone,
 )
 from kvpager.pool import Pool
+from kvpager.pressure import Shrinking
+from kvpager.restoring import Restoring
 from kvpager.sequences import SequenceState
 from kvpager.steps import Steps
+from kvpager.transfers import Transfer
 from tests.support.pager_ending import Ending
 from tests.support.pager_models import WrongContentError
 from tests.support.pager_world import World
 
 HISTORIES = int(os.environ.get("KVPAGER_HISTORIES", "10000"))
 REPLAY = int(os.environ.get("KVPAGER_SEED", "0"))
+REPLAY_SWAPPING = int(os.environ.get("KVPAGER_SWAPPING", "0"))
 FAILURES = (WrongContentError, InvariantError, ImpossibleEventError, AssertionError)
 
 
@@ -67,12 +72,28 @@ def test_thousands_of_random_histories_read_the_right_contents_and_end() -> None
 
 
 def test_replay_of_one_history() -> None:
-    seed = REPLAY
-    world = World(seed, validate_every=1)
+    seed = REPLAY_SWAPPING or REPLAY
+    world = World(seed, validate_every=1, swapping=bool(REPLAY_SWAPPING))
     try:
-        world.run(120 if seed % 20 == 0 else 18)
+        world.run(80 if REPLAY_SWAPPING else 120 if seed % 20 == 0 else 18)
     finally:
         print(world.config, *world.log, sep="\n")
+
+
+def test_sequences_that_take_turns_in_a_pool_too_small_are_restored_from_both_ends() -> None:
+    base = secrets.randbelow(2**40)
+    print(f"histories {base} to {base + HISTORIES // 20 - 1}")
+    restores = jumps = 0
+    for seed in range(base, base + HISTORIES // 20):
+        world = World(seed, swapping=True)
+        try:
+            world.run(80)
+        except Exception as error:
+            how = f"KVPAGER_SWAPPING={seed} pytest tests/test_kvpager_random.py -k replay"
+            raise AssertionError(f"history {seed} failed: {error}\nreplay: {how}") from error
+        restores += world.pager.stats().restores
+        jumps += world.jumps
+    assert min(restores, jumps) > HISTORIES / 200, (restores, jumps)
 
 
 def test_the_same_seed_tells_the_same_history() -> None:
@@ -118,6 +139,22 @@ class NeverCopies(Steps):
         pass
 
 
+class TrustsLostBlocks(Restoring):
+    """Goes on behind blocks whose load has failed as if they were there."""
+
+    def load_ended(self, transfer: Transfer, out: list[Instruction], *, ok: bool) -> None:
+        super().load_ended(transfer, out, ok=True)
+
+
+class GivesMemoryBackTooEarly(Shrinking):
+    """Says that the pool has shrunk while steps and copies still use what is gone."""
+
+    def resize(self, gpu_blocks: int, out: list[Instruction]) -> None:
+        super().resize(gpu_blocks, out)
+        if self.waiting:
+            out.append(Shrunk(gpu_blocks))
+
+
 class DropsTheRoot(Pager):
     """Lets sequences of different namespaces share pages."""
 
@@ -145,6 +182,24 @@ def with_pool(kind: type[Pool]) -> Callable[[PagerConfig], Pager]:
     return make
 
 
+def with_restoring(kind: type[Restoring]) -> Callable[[PagerConfig], Pager]:
+    def make(config: PagerConfig) -> Pager:
+        pager = Pager(config)
+        pager._restoring.__class__ = kind
+        return pager
+
+    return make
+
+
+def with_shrinking(kind: type[Shrinking]) -> Callable[[PagerConfig], Pager]:
+    def make(config: PagerConfig) -> Pager:
+        pager = Pager(config)
+        pager._shrinking.__class__ = kind
+        return pager
+
+    return make
+
+
 def with_steps(kind: type[Steps]) -> Callable[[PagerConfig], Pager]:
     def make(config: PagerConfig) -> Pager:
         pager = Pager(config)
@@ -159,6 +214,8 @@ BROKEN: dict[str, Callable[[PagerConfig], Pager]] = {
     "frees before the copy ends": with_pool(FreesBeforeTheCopyEnds),
     "forgets the remap after copy-on-write": with_steps(ForgetsTheRemap),
     "never copies on write": with_steps(NeverCopies),
+    "trusts lost blocks": with_restoring(TrustsLostBlocks),
+    "gives memory back too early": with_shrinking(GivesMemoryBackTooEarly),
     "drops the root": DropsTheRoot,
     "believes failed transfers": BelievesFailedTransfers,
 }
@@ -169,7 +226,8 @@ def test_a_broken_pager_is_caught_by_what_its_steps_read_alone(name: str) -> Non
     """Without `validate`, which would find most of them sooner."""
     for seed in range(400):
         try:
-            World(seed, BROKEN[name], validate_every=10**9).run(120)
+            swapping = "lost" in name
+            World(seed, BROKEN[name], validate_every=10**9, swapping=swapping).run(120)
         except FAILURES:
             return
     pytest.fail(f"a pager that {name} went unnoticed")

@@ -13,6 +13,7 @@ from kvpager.blocks import ACTIVE, CACHED, LOADING
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST, extend_chain
 from kvpager.quotas import Namespace
+from kvpager.restoring import Restoring
 from kvpager.sequences import SequenceState, SequenceTable, Status
 from kvpager.tiers import Place, SlotState
 from kvpager.transfers import Transfers
@@ -59,11 +60,14 @@ class Plan:
 class Admission:
     """Takes sequences in."""
 
-    def __init__(self, pool: Pool, seqs: SequenceTable, transfers: Transfers) -> None:
+    def __init__(
+        self, pool: Pool, seqs: SequenceTable, transfers: Transfers, restoring: Restoring
+    ) -> None:
         self._pool = pool
         self._config = pool.config
         self._seqs = seqs
         self._transfers = transfers
+        self._restoring = restoring
         self.prompt_tokens = 0
         self.hit_tokens = 0
 
@@ -183,12 +187,15 @@ class Admission:
         size = self._config.block_tokens
         computed = int(self._seqs.computed[state.slot])
         full = computed // size
-        plan = self._look_up(state.chain, full, state.klass, state)
+        # What others have computed of its prompt meanwhile is found too.
+        limit = max(full, (state.known_tokens - 1) // size)
+        plan = self._look_up(state.chain, limit, state.klass, state)
         hits = len(plan.blocks)
         # With room for one token more, so that it makes progress before it can be a victim again.
         total = -(-max(computed + 1, state.known_tokens) // size)
         plan.total = min(total, self._config.gpu_blocks)
-        plan.forks = state.ids - 1
+        # It may have grown beyond what it asked for, and never fork: that must not keep it out.
+        plan.forks = min(state.ids - 1, self._config.gpu_blocks - plan.total)
         plan.computed = hits * size
         if hits == full and full < len(state.held):
             place = state.held[full]
@@ -292,7 +299,10 @@ class Admission:
             out: Instructions are appended here.
         """
         seqs, pool, size = self._seqs, self._pool, self._config.block_tokens
-        borrowed, pages = self._map(state, plan, tails)
+        hits, both_ends = len(plan.blocks), self._restoring.worthwhile(plan)
+        if both_ends:
+            plan.computed, plan.tail = int(np.argmax(plan.blocks < 0)) * size, None
+        borrowed, pages = self._map(state, plan, tails, load=not both_ends)
         seqs.ids_used += state.ids
         seqs.computed[state.slot] = seqs.length[state.slot] = plan.computed
         partial = plan.computed % size
@@ -303,7 +313,9 @@ class Admission:
         seqs.promised[state.slot] = plan.computed
         seqs.place_cursor(state)
 
-        self._attach(state, borrowed, plan.computed, out)
+        self._attach(state, borrowed, max(hits * size, plan.computed), out)
+        if both_ends:
+            self._restoring.begin(state, plan, out)
         for tier, loaded in pages.items():
             self._transfers.begin_load(state, tier, loaded, out)
         # Pinned by the load now, or found on the GPU: the pages below are merely cached from here.
@@ -311,27 +323,34 @@ class Admission:
             place.tier.unhold(place.slot)
         state.held = []
         pool.shrink_caches()
-        state.status = Status.LOADING if state.loads else Status.RUNNING
-        if not state.loads:
+        waits = bool(state.loads) and not both_ends
+        state.status = Status.LOADING if waits else Status.RUNNING
+        if not waits:
             seqs.runnable[state.id] = state.slot
         what = f"{plan.computed} of {state.known_tokens}"
         seqs.tell(state, f"admitted, computed {what}, waits for {len(state.loads)} transfers")
-        out.append(Admitted(state.id, plan.computed, bool(state.loads)))
+        out.append(Admitted(state.id, plan.computed, waits, state.until))
 
     def _map(
-        self, state: SequenceState, plan: Plan, tails: dict[tuple[Place, int], int]
+        self,
+        state: SequenceState,
+        plan: Plan,
+        tails: dict[tuple[Place, int], int],
+        *,
+        load: bool,
     ) -> tuple[list[int], dict[Tier, list[Page]]]:
         """Fill the block table.
 
         Returns:
-            The logical blocks that are shared with others, and the pages to load by tier.
+            The logical blocks that are shared with others, and the pages to load by tier, none
+            without ``load``.
         """
         pool, size = self._pool, self._config.block_tokens
         hits = len(plan.blocks)
         table = np.full(plan.total, -1, dtype=np.int32)
         table[:hits] = plan.blocks
         pool.share(plan.blocks[plan.blocks >= 0], state.space)
-        partial = plan.computed - hits * size
+        partial = max(0, plan.computed - hits * size)
         shared_tail = tails.get((plan.tail, partial), -1) if plan.tail is not None else -1
         if shared_tail >= 0:
             table[hits] = shared_tail
@@ -341,6 +360,8 @@ class Admission:
         table[own] = pool.take(int(own.sum()), state.space)
         state.extend_table(table.tolist())
         pages: dict[Tier, list[Page]] = defaultdict(list)
+        if not load:
+            return np.flatnonzero(~own[:hits]).tolist(), pages
         slots, tiers = plan.slots.tolist(), plan.tiers.tolist()
         for index in loads.tolist():
             pages[Tier(tiers[index])].append(Page(index, int(table[index]), slots[index], size))

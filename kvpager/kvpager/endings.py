@@ -7,6 +7,7 @@ import numpy as np
 from kvpager.keeping import Keeping, Tails
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
+from kvpager.restoring import Restoring
 from kvpager.sequences import SequenceState, SequenceTable, Status
 from kvpager.types import (
     Attach,
@@ -25,11 +26,14 @@ from kvpager.types import (
 class Endings:
     """What gives blocks back, and what shares them with children."""
 
-    def __init__(self, pool: Pool, seqs: SequenceTable, keeping: Keeping) -> None:
+    def __init__(
+        self, pool: Pool, seqs: SequenceTable, keeping: Keeping, restoring: Restoring
+    ) -> None:
         self._pool = pool
         self._config = pool.config
         self._seqs = seqs
         self._keeping = keeping
+        self._restoring = restoring
         self._size = pool.config.block_tokens
         self.preemptions = dict.fromkeys((PreemptMode.SWAP, PreemptMode.RECOMPUTE), 0)
 
@@ -94,12 +98,13 @@ class Endings:
         seqs, length = self._seqs, event.length
         state = seqs.get(event.seq, "Truncate")
         slot = state.slot
-        if state.status is Status.LOADING:
+        if state.status is Status.LOADING and state.restore is None:
             raise seqs.impossible(event.seq, "Truncate of a sequence that is still loading")
         if not 0 <= length <= seqs.length[slot]:
             raise seqs.impossible(
                 event.seq, f"Truncate to {length}, it has {seqs.length[slot]} tokens"
             )
+        self._restoring.abandon(state)
         self._forget_tokens(state, length)
         seqs.tell(state, f"truncated to {length}")
         if state.status is Status.SWAPPED:
@@ -177,6 +182,7 @@ class Endings:
         state.pending = event
         self._seqs.pending[state.id] = state
         self._seqs.runnable.pop(state.id, None)
+        self._restoring.abandon(state)
         self._seqs.tell(state, f"asked to {event}")
         if not self._seqs.busy(state):
             self._carry_out(state, tails if tails is not None else {}, out)

@@ -49,6 +49,8 @@ class PagerStats:
     """Of these, found resident (any tier)."""
     stored_pages: int
     loaded_pages: int
+    restores: int
+    """Sequences that computed their front while their back was being loaded."""
     copied_blocks: int
     preemptions_swap: int
     preemptions_recompute: int

@@ -21,6 +21,9 @@ class Admitted:
     seq: int
     computed: int
     loading: bool
+    until: int = -1
+    """Where this is not -1, tokens from this position on are being loaded meanwhile: the sequence
+    computes what lies in front, and goes on when a `Runnable` says where."""
 
 
 class DeferReason(Enum):
@@ -63,13 +66,15 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """Every load of ``seq`` has ended: continue at position ``computed``.
+    """Every load that ``seq`` waited for has ended: continue at position ``computed``.
 
     After a failed load ``computed`` may be less than `Admitted` said.
     """
 
     seq: int
     computed: int
+    until: int = -1
+    """As in `Admitted`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,8 @@ class Shortage:
     seq: int
     missing_blocks: int
     reason: DeferReason = DeferReason.BLOCKS
-    """``QUOTA`` if its namespace is at its ceiling: then only a victim of that namespace helps."""
+    """``QUOTA`` if its namespace is at its ceiling: then only a victim of that namespace helps.
+    ``TRANSFER`` if it asked for more than it was granted (`Admitted.until`)."""
 
 
 @dataclass(frozen=True, slots=True)

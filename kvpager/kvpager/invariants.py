@@ -76,7 +76,10 @@ class _Check:
             )
             return
         self.require(not state.held, f"{who}: runs, but holds slots below", state)
-        self.require(seqs.capacity[slot] == state.blocks * self.size, f"{who}: capacity", state)
+        room = state.blocks * self.size
+        self.restoring(state)
+        wanted = room if state.until < 0 else state.until
+        self.require(seqs.capacity[slot] == wanted <= room, f"{who}: capacity", state)
         self.require(length <= seqs.capacity[slot], f"{who}: {length} tokens without room", state)
         index = length // self.size
         wanted = int(state.table[index]) if index < state.blocks else -1
@@ -84,6 +87,17 @@ class _Check:
         table = state.blocks_held.tolist()
         self.require(len(set(table)) == len(table), f"{who}: a block twice in {table}", state)
         self.pages(state, table, computed, length)
+
+    def restoring(self, state: SequenceState) -> None:
+        """What is computed and loaded at once has an end to compute to, and pages to load."""
+        who, restore = f"sequence {state.id}", state.restore
+        known = state.id in self.seqs.restoring
+        self.require(known == (restore is not None), f"{who}: restoring", state)
+        self.require(known == (state.until >= 0), f"{who}: until {state.until}", state)
+        self.require(restore is not None or not state.sources, f"{who}: holds slots", state)
+        if restore is not None:
+            self.require(restore.remaining, f"{who}: restored, and does not know", state)
+            self.require(state.pending is None, f"{who}: restores what is to end", state)
 
     def pages(self, state: SequenceState, table: list[int], computed: int, length: int) -> None:
         """Registered blocks in its table are the pages of its own prefix."""
@@ -97,21 +111,24 @@ class _Check:
                 state,
             )
             node = blocks.node[block]
-            if i < full and node >= 0:
+            behind = 0 <= state.until <= i * self.size
+            if (i < full or behind) and node >= 0:
                 digest = bytes(state.chain[i * DIGEST : (i + 1) * DIGEST])
                 self.require(
                     self.pool.index.digest(node) == digest,
                     f"{who}: block {block} is another page",
                     state,
                 )
-            if i > length // self.size or (i == length // self.size and not length % self.size):
+            unwritten = i > length // self.size or i * self.size == length
+            if unwritten and not behind:
                 self.require(
                     node < 0 and blocks.refcount[block] == 1,
                     f"{who}: block {block}, yet to be written, is not its own",
                     state,
                 )
         if state.status is Status.RUNNING:
-            loading = [block for block in table if blocks.state[block] == LOADING]
+            front = table if state.until < 0 else table[: state.until // self.size]
+            loading = [block for block in front if blocks.state[block] == LOADING]
             self.require(not loading, f"{who}: runs while {loading} are loading", state)
 
     def membership(self) -> None:
@@ -138,8 +155,9 @@ class _Check:
             behind = bool(seqs.computed[state.slot] < state.known_tokens)
             behind &= state.status is not Status.SWAPPED
             self.require((state.id in seqs.prefilling) == behind, f"{who}: prefilling", state)
+            waits = bool(state.loads) and not 0 <= seqs.computed[state.slot] < state.until
             self.require(
-                (state.status is Status.LOADING) == bool(state.loads),
+                (state.status is Status.LOADING) == waits,
                 f"{who}: waits for nothing",
                 state,
             )
@@ -271,6 +289,12 @@ class _Check:
             place.slot
             for state in self.seqs.swapped.values()
             for place in state.held
+            if place.tier is tier
+        )
+        holds.update(
+            place.slot
+            for state in self.seqs.restoring.values()
+            for place in state.sources.values()
             if place.tier is tier
         )
         free, cached = set(tier.free), list(tier.cached)

@@ -17,6 +17,7 @@ from kvpager.keeping import Keeping
 from kvpager.pool import Pool
 from kvpager.prefix import DIGEST
 from kvpager.pressure import Shrinking
+from kvpager.restoring import Restoring
 from kvpager.sequences import SequenceTable, Status
 from kvpager.steps import Steps
 from kvpager.transfers import Transfers
@@ -28,6 +29,7 @@ from kvpager.types import (
     Fork,
     Free,
     Instruction,
+    Load,
     PagerConfig,
     PagerStats,
     PoolSplit,
@@ -74,10 +76,11 @@ class Pager:
         self._seqs = SequenceTable(config.block_tokens)
         self._cost = CostModel()
         self._transfers = Transfers(self._pool, self._seqs)
-        self._admission = Admission(self._pool, self._seqs, self._transfers)
+        self._restoring = Restoring(self._pool, self._seqs, self._transfers, self._cost)
+        self._admission = Admission(self._pool, self._seqs, self._transfers, self._restoring)
         self._steps = Steps(self._pool, self._seqs)
         self._keeping = Keeping(self._pool, self._seqs, self._transfers, self._cost)
-        self._endings = Endings(self._pool, self._seqs, self._keeping)
+        self._endings = Endings(self._pool, self._seqs, self._keeping, self._restoring)
         self._shrinking = Shrinking(self._pool, self._seqs)
         self._victims = Victims(self._pool, self._seqs, self._cost)
 
@@ -105,12 +108,15 @@ class Pager:
             self._afterwards(out)
         elif isinstance(event, (TransferDone, TransferFailed)):
             self._transfers.check(event.transfer)
-            if isinstance(event, TransferDone):
-                self._transfers.done(event.transfer, out)
+            ok = isinstance(event, TransferDone)
+            transfer = self._transfers.live[event.transfer]
+            (self._transfers.done if ok else self._transfers.failed)(event.transfer, out)
+            if isinstance(transfer.instruction, Load):
+                self._restoring.load_ended(transfer, out, ok=ok)
+            if ok:
                 self._afterwards(out)
             else:
                 # Nothing is copied in background in answer to a failure: it might fail for ever.
-                self._transfers.failed(event.transfer, out)
                 self._endings.carry_out_idle(out)
         elif isinstance(event, Admit):
             self._check_admit(event)
@@ -174,6 +180,8 @@ class Pager:
 
     def _afterwards(self, out: list[Instruction]) -> None:
         """What had to wait for a step or a transfer."""
+        if self._seqs.restoring:
+            self._restoring.step_over(out)
         self._endings.carry_out_idle(out)
         self._keeping.write_back(out)
 
@@ -288,6 +296,7 @@ class Pager:
             hit_tokens=self._admission.hit_tokens,
             stored_pages=self._transfers.stored_pages,
             loaded_pages=self._transfers.loaded_pages,
+            restores=self._restoring.begun,
             copied_blocks=self._steps.copied_blocks,
             preemptions_swap=self._endings.preemptions[PreemptMode.SWAP],
             preemptions_recompute=self._endings.preemptions[PreemptMode.RECOMPUTE],

@@ -9,6 +9,7 @@ behind the meeting point costs just itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum, auto
 
 
@@ -37,8 +38,8 @@ class Restore:
     room for it, and reports each end. It is over when `remaining` is 0.
     """
 
-    def __init__(self, first: int, count: int) -> None:
-        """Plan to restore ``count`` blocks.
+    def __init__(self, first: int, count: int, present: Iterable[int] = ()) -> None:
+        """Plan to restore ``count`` blocks from ``first`` on, of which ``present`` are there.
 
         Raises:
             ValueError: One of them is negative.
@@ -52,6 +53,9 @@ class Restore:
         """Blocks that are not there yet."""
         self._front = 0
         self._back = count
+        for block in present:
+            self._states[block - first] = _State.PRESENT
+            self.remaining -= 1
 
     @property
     def ready(self) -> int:

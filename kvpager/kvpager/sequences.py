@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kvpager.errors import ImpossibleEventError
 from kvpager.prefix import DIGEST
 from kvpager.quotas import Namespace, Quotas
+from kvpager.restore import Restore
 from kvpager.tiers import Place
 from kvpager.types import Attach, Free, Preempt, PriorityClass, Tokens
 
@@ -38,6 +39,7 @@ class SequenceState:
         "blocks",
         "chain",
         "found",
+        "granted",
         "group",
         "held",
         "id",
@@ -49,13 +51,16 @@ class SequenceState:
         "order",
         "pending",
         "preemptions",
+        "restore",
         "root",
         "slot",
+        "sources",
         "space",
         "status",
         "story",
         "table",
         "trim_epoch",
+        "until",
     )
 
     def __init__(
@@ -90,6 +95,14 @@ class SequenceState:
         """Entries of ``known`` in use: an admitted prompt, and all full blocks computed since."""
         self.held: list[Place] = []
         """While swapped: where each of its pages is, in order."""
+        self.restore: Restore | None = None
+        """While it computes its front and its back is being loaded (`kvpager.restoring`)."""
+        self.sources: dict[int, Place] = {}
+        """Then: where pages by index can be loaded from, held there until it is decided."""
+        self.granted = range(0)
+        """Then: the blocks that it may compute now."""
+        self.until = -1
+        """Then: the position up to which it may compute; -1 without end."""
         self.trim_epoch = -1
         """A truncation the backend hears of when this epoch has retired, -1 for none."""
         self.story: deque[tuple[int, str]] = deque(maxlen=_STORY_LENGTH)
@@ -153,6 +166,8 @@ class SequenceTable:
         self.prefilling: dict[int, SequenceState] = {}
         """Those computing tokens that were known at admission."""
         self.swapped: dict[int, SequenceState] = {}
+        self.restoring: dict[int, SequenceState] = {}
+        """Those whose back is being loaded while they run."""
         self.trimming: dict[int, SequenceState] = {}
         """Those whose backend has still to hear of a truncation (`Trim`)."""
         self.quotas = Quotas()
@@ -302,7 +317,8 @@ class SequenceTable:
         """Bring ``capacity`` and ``write_block`` in line with the block table and the length."""
         slot = state.slot
         index = int(self.length[slot]) // self.block_tokens
-        self.capacity[slot] = state.blocks * self.block_tokens
+        room = state.blocks * self.block_tokens
+        self.capacity[slot] = room if state.until < 0 else state.until
         self.write_block[slot] = state.table[index] if index < state.blocks else -1
 
     # ------------------------------------------------------------------------------------- story

@@ -79,6 +79,9 @@ class Steps:
     def _make_room(self, state: SequenceState, end: int, out: list[Instruction]) -> Shortage | None:
         """Blocks up to position ``end``, the first of them writable; what is missing, if any."""
         seqs, pool, arrays, slot = self._seqs, self._pool, self._pool.blocks, state.slot
+        if state.until >= 0 and end > state.until:
+            missing = -(-(end - state.until) // self._size)
+            return Shortage(state.id, missing, DeferReason.TRANSFER)
         length = int(seqs.length[slot])
         block = int(seqs.write_block[slot])
         more = max(0, -(-end // self._size) - state.blocks)

@@ -186,7 +186,8 @@ class Transfers:
     def _trim_overrun(self, record: Transfer, load: Load, out: list[Instruction]) -> None:
         """Another load of the loader failed meanwhile, in front of what has arrived now."""
         state = record.waiters.get(load.seq)
-        assert state is not None
+        if state is None or state.restore is not None:
+            return
         computed = int(self._seqs.computed[state.slot])
         last = load.pages[-1]
         if last.index * self._seqs.block_tokens + last.tokens > computed:
@@ -206,19 +207,22 @@ class Transfers:
             pool.forget(page.block)
         for state in record.waiters.values():
             due = state.loads.pop(load.transfer)
+            if state.restore is not None:
+                continue  # it computes what is missing where it is
             table = state.blocks_held.tolist()
             first = next((i for i, block in enumerate(table) if block in missing), len(table))
             self._cut_running(state, first, due, out)
         for page in load.pages:
             self._landed(page)
         for state in record.waiters.values():
-            self._refill(state)
+            if state.restore is None:
+                self._refill(state)
         self._wake(record, out)
 
     def _wake(self, record: Transfer, out: list[Instruction]) -> None:
         """Those whose last load this was may run, unless they are about to end."""
         for state in record.waiters.values():
-            if state.loads or state.status is not Status.LOADING:
+            if state.loads or state.status is not Status.LOADING or state.restore is not None:
                 continue
             state.status = Status.RUNNING
             if state.pending is None:
@@ -267,6 +271,10 @@ class Transfers:
                 del state.held[at:]
                 self._pool.shrink_caches()
                 self._seqs.tell(state, f"page {at} was lost in a transfer")
+        for state in self._seqs.restoring.values():
+            for index in [i for i, place in state.sources.items() if place == lost]:
+                del state.sources[index]
+                lost.tier.unhold(lost.slot)
 
     def _number(self) -> int:
         self._next += 1

@@ -65,12 +65,12 @@ class Ending:
             elif model.status == "asking":
                 world.ask(model)
         self._settle()
-        running = [model for model in world.of("running") if model.computed < len(model.tokens)]
+        running = [model for model in world.of("running") if model.known() > 0]
         work = []
         for model in running:
             if model.status != "running":
                 continue
-            count = len(model.tokens) - model.computed
+            count = model.known()
             world.send(Reserve((model.id,), (count,)))
             if model.id in world.short and count > 1:
                 count = 1

@@ -39,6 +39,8 @@ class Model:
     group: int = -1
     status: str = "asking"
     computed: int = 0
+    until: int = -1
+    """What lies behind is being loaded while the front is computed; -1 without end."""
     in_flight: list[Launched] = field(default_factory=list)
     kept: bool = False
     """Swapped, and no transfer has failed since."""
@@ -51,6 +53,11 @@ class Model:
     @property
     def length(self) -> int:
         return self.computed + sum(item.valid for item in self.in_flight)
+
+    def known(self) -> int:
+        """Tokens that are known and may be computed now."""
+        end = len(self.tokens) if self.until < 0 else self.until
+        return end - self.length
 
     def content(self, end: int) -> list[int]:
         """What the cells of positions ``0 .. end - 1`` must hold."""

@@ -103,6 +103,7 @@ def fingerprint(pager: Pager) -> list[object]:
     for state in seqs.by_id.values():
         slot = state.slot
         seen.append((state.id, slot, state.status, state.blocks_held.tolist(), bytes(state.chain)))
+        seen.append((state.until, state.granted, dict(state.sources)))
         seen.append((state.ids, state.held[:], state.known[: state.known_tokens].tolist()))
         seen += [
             values[slot].tolist()

@@ -48,6 +48,7 @@ from kvpager import (
     StepLaunched,
     StepRetired,
     Store,
+    Tier,
     TransferDone,
     TransferFailed,
     Trim,
@@ -69,11 +70,16 @@ class World:
         *,
         validate_every: int = 12,
         config: PagerConfig | None = None,
+        swapping: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
+        self.swapping = swapping or (config is None and self.rng.random() < 0.2)
+        """A history of a few long sequences that take turns in a pool which is too small."""
         self.config = config if config is not None else self._random_config()
         self.size = self.config.block_tokens
         self.pager = make(self.config)
+        if self.swapping or self.rng.random() < 0.5:
+            self.measure()
         self.llama = not self.config.keep_cached_on_gpu
         self.most_in_flight = 1 if self.llama else 3
         self.validate_every = validate_every
@@ -85,11 +91,21 @@ class World:
         self.events = 0
         self.next_seq = 0
         self.next_epoch = 0
+        self.jumps = 0
+        """Times that a sequence computed up to what had been loaded, and went on behind it."""
         self.log: list[object] = []
         """Events and instructions, in order."""
 
     def _random_config(self) -> PagerConfig:
         rng = self.rng
+        if self.swapping:
+            return PagerConfig(
+                gpu_blocks=rng.randint(6, 14),
+                ram_blocks=rng.choice((4, 40)),
+                disk_blocks=rng.choice((0, 40)),
+                block_tokens=rng.choice((1, 2)),
+                growth_margin=0.0,
+            )
         return PagerConfig(
             gpu_blocks=rng.randint(3, 20),
             ram_blocks=rng.choice((0, 2, 6, 12, 30)),
@@ -100,6 +116,13 @@ class World:
             growth_margin=rng.choice((0.0, 0.1)),
             ram_swap_reserve=rng.choice((0.0, 0.25, 0.5)),
         )
+
+    def measure(self) -> None:
+        """Rates at which everything that the pager may decide by cost is worth while at times."""
+        rates = [10.0 ** self.rng.uniform(1, 2) for _ in range(5)]
+        self.pager.observe(prefill_tokens_per_s=rates[0])
+        for tier, load, store in ((Tier.RAM, *rates[1:3]), (Tier.DISK, *rates[3:])):
+            self.pager.observe(load_tokens_per_s=load, store_tokens_per_s=store, tier=tier)
 
     # ------------------------------------------------------------------------------- history
 
@@ -119,6 +142,7 @@ class World:
             (self.quota, 1),
             (self.impossible, 1),
             (self.idle, 3),
+            (self.flood, 8 if self.swapping else 0),
         )
         choices, weights = zip(*rules, strict=True)
         for rule in self.rng.choices(choices, weights, k=events):
@@ -181,7 +205,7 @@ class World:
             if others and rng.random() < 0.7:
                 source = rng.choice(others).tokens
                 tokens = source[: rng.randint(0, len(source))]
-            most = 5 * self.size
+            most = (self.config.gpu_blocks - 3 if self.swapping else 5) * self.size
             tokens += [rng.randint(0, 1) for _ in range(rng.randint(0 if tokens else 1, most))]
             model = Model(
                 self.next_seq,
@@ -207,11 +231,11 @@ class World:
     def step(self) -> None:
         if len(self.device.steps) >= self.most_in_flight:
             return
-        ready = self.of("running")
+        ready = [m for m in self.of("running") if m.until < 0 or m.length < m.until]
         chosen = self.rng.sample(ready, self.rng.randint(0, len(ready)))
         counts = []
         for model in chosen:
-            known = len(model.tokens) - model.length
+            known = model.known()
             counts.append(
                 self.rng.randint(1, known) if known > 0 else self.rng.choice((1, 1, 1, 2))
             )
@@ -234,6 +258,7 @@ class World:
                 for item in model.in_flight
             )
             table = self.pager.block_table(model.id).tolist()
+            del table[-(-(start + count) // self.size) :]
             self.device.there(table, f"the next step of {model.id}")
             self.check_own(model, table[start // self.size : -(-(start + count) // self.size)])
             tokens = model.tokens[start : start + count]
@@ -303,7 +328,7 @@ class World:
 
     def fork(self) -> None:
         model = self.pick("running")
-        if model is None or model.in_flight:
+        if model is None or model.in_flight or model.computed == model.until:
             return
         count = self.rng.randint(1, 2)
         allotted = min(count, model.ids - 1)
@@ -329,6 +354,7 @@ class World:
         for item in model.in_flight:
             item.valid = min(item.valid, max(0, length - item.start))
         model.computed = min(model.computed, length)
+        model.until = -1
         model.cut(length)
         if not model.tokens:
             model.tokens = [self.rng.randint(0, 1)]
@@ -365,6 +391,32 @@ class World:
         if swapped:
             del self.models[model.id]
         self.send(Free(model.id, cache=self.rng.random() < 0.85))
+
+    def flood(self) -> None:
+        """All step aside for somebody who needs most of the pool, and must be loaded after that."""
+        while self.device.steps:
+            self.end_step()
+        for model in self.of("running"):
+            if model.status == "running":
+                self.step_aside(model.id)
+                self.send(Preempt(model.id, PreemptMode.SWAP))
+        for transfer in list(self.device.transfers):
+            self.report(transfer, ok=True)
+        tokens = [self.rng.randint(2, 9) for _ in range((self.config.gpu_blocks - 1) * self.size)]
+        model = Model(self.next_seq, ROOTS[0], tokens)
+        self.next_seq += 1
+        self.models[model.id] = model
+        self.ask(model)
+        if model.status == "running":
+            self.send(Reserve((model.id,), (model.known(),)))
+            if model.id not in self.short:
+                self.launch([(model, model.known())])
+                self.end_step()
+            self.end(model)
+        elif model.status == "asking":
+            self.models.pop(model.id, None)  # it may have been denied
+        for _ in range(2):
+            self.resume()
 
     def pressure(self) -> None:
         total = self.config.gpu_blocks
@@ -444,10 +496,12 @@ class World:
             if model.status == "asking":
                 check(instruction.computed < len(model.tokens), "the last token is always computed")
             else:
-                check(instruction.computed <= model.computed, "resumed with more than there was")
-                lost = model.kept and instruction.computed != model.computed
+                most = max(model.computed, len(model.tokens) - 1)
+                check(instruction.computed <= most, "resumed with more than there was")
+                lost = model.kept and instruction.computed < model.computed
+                lost = lost and instruction.until < 0
                 check(not lost, f"{instruction}: it was swapped with {model.computed}")
-            model.computed = instruction.computed
+            model.computed, model.until = instruction.computed, instruction.until
             model.status = "loading" if instruction.loading else "running"
         elif isinstance(instruction, Denied):
             blocks = -(-len(model.tokens) // self.size) + model.width
@@ -459,9 +513,15 @@ class World:
             check(not fits, f"{instruction}, though it fits")
             del self.models[model.id]
         elif isinstance(instruction, Runnable):
-            check(model.status == "loading", f"{instruction}: it was {model.status}")
-            check(instruction.computed <= model.computed, "more was loaded than announced")
-            model.computed = instruction.computed
+            if model.until < 0:
+                check(model.status == "loading", f"{instruction}: it was {model.status}")
+                check(instruction.computed <= model.computed, "more was loaded than announced")
+            else:
+                check(model.status == "running", f"{instruction}: it was {model.status}")
+                check(model.computed == model.until, f"{instruction}, at {model.computed}")
+                check(instruction.computed >= model.until, f"{instruction} goes back")
+                self.jumps += instruction.computed > model.until
+            model.computed, model.until = instruction.computed, instruction.until
             model.status = "running"
         elif isinstance(instruction, Release):
             self.device.cells.pop(model.id, None)
@@ -472,4 +532,5 @@ class World:
             check(0 <= instruction.lost <= model.computed, f"{instruction} of {model.computed}")
             model.status = "swapped"
             model.kept = instruction.mode is PreemptMode.SWAP
+            model.until = -1
             model.blocks = []

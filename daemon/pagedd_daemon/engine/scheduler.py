@@ -456,9 +456,9 @@ class Scheduler:
         for sequence in self._sequences.values():
             if budget <= 0:
                 break
-            if sequence.pending <= 1 or not sequence.runs:
+            if sequence.decodes or sequence.computable <= 0 or not sequence.runs:
                 continue
-            count = min(sequence.pending, budget)
+            count = min(sequence.computable, budget)
             if count < sequence.pending and count > block:
                 count -= (sequence.computed + count) % block
             wanted.append((sequence, count))
@@ -515,19 +515,19 @@ class Scheduler:
         """Take over what the pager decided about sequences."""
         for verdict in instructions:
             match verdict:
-                case Admitted(seq=seq, computed=computed, loading=loading):
+                case Admitted(seq=seq, computed=computed, loading=loading, until=until):
                     sequence = self._sequences[seq]
-                    sequence.computed = computed
+                    sequence.computed, sequence.until = computed, until
                     if sequence.state is SequenceState.PREEMPTED:
                         self._preempted.remove(sequence)
                     sequence.state = SequenceState.LOADING if loading else SequenceState.RUNNING
-                case Runnable(seq=seq, computed=computed) if seq in self._sequences:
+                case Runnable(seq=seq, computed=computed, until=until) if seq in self._sequences:
                     sequence = self._sequences[seq]
-                    sequence.computed = computed
+                    sequence.computed, sequence.until = computed, until
                     sequence.state = SequenceState.RUNNING
                 case Preempted(seq=seq) if seq in self._sequences:
                     sequence = self._sequences[seq]
-                    sequence.state = SequenceState.PREEMPTED
+                    sequence.state, sequence.until = SequenceState.PREEMPTED, -1
                     self._preempted.append(sequence)
                 case _:
                     pass

@@ -101,6 +101,14 @@ class Sequence:
     computed: int = 0
     drawing: bool = False
     state: SequenceState = SequenceState.RUNNING
+    until: int = -1
+    """Tokens from this position on are being loaded while those before it are computed; -1: none
+    (`kvpager.types.Admitted.until`)."""
+
+    @property
+    def computable(self) -> int:
+        """Known tokens that may be computed now."""
+        return (len(self.tokens) if self.until < 0 else self.until) - self.computed
 
     @property
     def pending(self) -> int:
@@ -134,7 +142,7 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether its next step is to compute the token that was drawn last."""
-        return self.pending == 1 and self.runs
+        return self.pending == 1 and self.runs and self.until < 0
 
 
 class WaitingQueue:

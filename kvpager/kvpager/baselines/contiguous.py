@@ -252,6 +252,7 @@ class ContiguousPager:
             hit_tokens=0,
             stored_pages=0,
             loaded_pages=0,
+            restores=0,
             copied_blocks=self._copied,
             preemptions_swap=0,
             preemptions_recompute=0,
