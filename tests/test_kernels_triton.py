@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from pagedd_kernels import references
+from pagedd_kernels.gpu import sampling as sampler
 from pagedd_kernels.gpu.decode import decode_attention
 from pagedd_kernels.gpu.varlen import varlen_attention
-from tests.support.kernel_checks import Target, checks
+from tests.support.kernel_checks import Target, checks, sampling
 from tests.support.kernels import close, shape_of, world
 
 FLOAT32, FLOAT16 = Target("cpu", torch.float32), Target("cpu", torch.float16)
@@ -25,6 +26,28 @@ def test_float32(name: str) -> None:
 @pytest.mark.parametrize("name", HALF)
 def test_float16(name: str) -> None:
     checks(FLOAT16)[name]()
+
+
+# A device has no warnings; logits of 3e38 are meant to overflow to an infinity whose exp is 0.
+_unbounded = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@_unbounded
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_draws_are_those_of_a_whole_sort(spread: float) -> None:
+    sampling(FLOAT32, 700, spread, rows=8)
+
+
+@_unbounded
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_draws_from_more_than_are_sorted_are_too(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a vocabulary of 128 K is to the real sizes.
+    monkeypatch.setattr(sampler, "CAPACITY", 32)
+    monkeypatch.setattr(sampler, "CHUNK", 16)
+    monkeypatch.setattr(sampler, "BLOCK", 128)
+    sampling(FLOAT32, 250, spread, rows=8)
 
 
 def test_blocks_beyond_two_to_the_31st_element_are_found() -> None:

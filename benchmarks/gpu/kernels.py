@@ -25,7 +25,7 @@ import triton
 from benchmarks.gpu import attention, small
 from benchmarks.gpu.pools import Arena
 from benchmarks.gpu.timing import copy_bandwidth
-from tests.support.kernel_checks import Target, checks, gpu_checks
+from tests.support.kernel_checks import Target, checks, gpu_checks, lone_checks
 
 Row = dict[str, Any]
 ARENA_BYTES = 36 << 30
@@ -42,6 +42,8 @@ def check() -> Iterable[Row]:
             named = {
                 n: c for n, c in named.items() if "group 4" in n or "cap 2" in n or "," not in n
             }
+        else:
+            named |= gpu_checks(target)
         jobs |= {f"{n} ({str(dtype)[6:]})": c for n, c in named.items()}
 
     def run(name: str) -> Row:
@@ -54,7 +56,7 @@ def check() -> Iterable[Row]:
 
     with ThreadPoolExecutor(12) as pool:
         yield from pool.map(run, list(jobs))
-    alone = gpu_checks(Target("cuda", torch.bfloat16))
+    alone = lone_checks(Target("cuda", torch.bfloat16))
     jobs |= alone
     yield from map(run, alone)
 

@@ -167,4 +167,8 @@ def sample(logits: Tensor, params: SampleParams) -> Sampled:
     Returns:
         Tokens, and what `SampleParams.logprobs` asks for.
     """
+    if logits.is_cuda:
+        from pagedd_kernels.gpu import sampling
+
+        return sampling.sample(logits, params)
     return references.sample(logits, params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.kernel_checks import Target, checks, gpu_checks
+from tests.support.kernel_checks import Target, checks, gpu_checks, lone_checks
 
 pytestmark = pytest.mark.gpu
 TYPES = (torch.bfloat16, torch.float16)
@@ -17,6 +17,11 @@ def test_a_kernel_gives_what_its_reference_gives(name: str, dtype: torch.dtype) 
     checks(Target("cuda", dtype))[name]()
 
 
-@pytest.mark.parametrize("name", gpu_checks(Target("cuda", torch.bfloat16)))
-def test_a_kernel_does_so_on_a_device_only(name: str) -> None:
-    gpu_checks(Target("cuda", torch.bfloat16))[name]()
+DEVICE_ONLY = gpu_checks(Target("cuda", torch.bfloat16)) | lone_checks(
+    Target("cuda", torch.bfloat16)
+)
+
+
+@pytest.mark.parametrize("name", DEVICE_ONLY)
+def test_a_device_does_what_the_interpreter_cannot(name: str) -> None:
+    DEVICE_ONLY[name]()

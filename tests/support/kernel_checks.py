@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 
-from pagedd_kernels import AttentionShape, paged_attention, references
+from pagedd_kernels import AttentionShape, Penalties, SampleParams, paged_attention, references
 from pagedd_kernels.gpu import blocks, gating, norm, rope
+from pagedd_kernels.gpu import sampling as sampler
 from pagedd_kernels.gpu.decode import decode_attention
 from pagedd_kernels.gpu.varlen import varlen_attention
 from pagedd_kernels.plans import DecodePlan, VarlenPlan
@@ -147,6 +148,70 @@ def copies(target: Target) -> None:
     assert torch.equal(kv.view(torch.int16), w.kv.view(torch.int16))
 
 
+def sampling(target: Target, vocab: int, spread: float, rows: int = 12) -> None:
+    """The tokens that sorting the whole row gives, for every filter, flat and peaked logits."""
+    random = torch.Generator().manual_seed(int(spread * 10))
+    logits = (torch.randn(rows, vocab, generator=random) * spread * 4).round() / 4  # many ties
+    logits[1] = 0.25  # all equal
+    # The interpreter is slow, and narrowing 3e38 takes it forty passes.
+    far = -3e3 if target.device == "cpu" else -3e38
+    logits[2, :3] = torch.tensor([far, 40.0, -torch.inf])
+    logits[3, vocab // 2] = torch.nan
+    logits[4] = -torch.inf
+    uniform = torch.rand(rows, dtype=torch.float64, generator=random)
+    uniform[5:7] = torch.tensor([0.0, 1 - 2.0**-53])
+    logits, uniform = logits.to(target.device), uniform.to(target.device)
+    one = torch.linspace(0.5, 1.5, rows).to(target.device)
+    some = torch.arange(rows, device=target.device) % 3
+    hot = SampleParams(one * (some > 0), uniform, logprobs=3)
+    tenth = (one * vocab / 10).int()
+    for params in (
+        SampleParams(logprobs=0),
+        hot,
+        replace(hot, top_k=some.int() * 20, min_p=one * 0.02),
+        replace(hot, top_k=tenth, top_p=one.clamp(max=1.0) * 0.9),
+        replace(hot, top_p=(one - 0.5).clamp(max=1.0), min_p=one * 0.001 * some),
+    ):
+        got, expected = sampler.sample(logits, params), references.sample(logits, params)
+        assert got.tokens.tolist() == expected.tokens.tolist(), params
+        sound = expected.tokens >= 0
+        assert got.logprobs is not None
+        assert expected.logprobs is not None
+        close(got.logprobs[sound], expected.logprobs[sound], 1e-5)
+        if got.top_tokens is not None and expected.top_tokens is not None:
+            assert torch.equal(got.top_tokens[sound], expected.top_tokens[sound])
+
+
+def adjusted(target: Target, vocab: int = 700) -> None:
+    """Bias, penalties and masks change logits as the reference does, and counts follow."""
+    rows = 6
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(rows, vocab, generator=random).to(target.device)
+    column = torch.linspace(0.5, 1.5, rows, device=target.device)
+    counts = torch.randint(0, 4, (4, vocab), generator=random, dtype=torch.int32)
+    counts = counts.to(target.device)
+    table = torch.tensor([0, -1, 2, 3, -1, 1], dtype=torch.int32, device=target.device)
+    ids = torch.tensor([[0, 5, -1]] * rows, dtype=torch.int32, device=target.device)
+    params = SampleParams(
+        penalties=Penalties(table, counts, column, column * 0.3, column * 0.2),
+        bias=(ids, torch.tensor([[2.0, -1.0, 0.0]] * rows, device=target.device)),
+        masked=torch.tensor([[7, -1]] * rows, dtype=torch.int32, device=target.device),
+    )
+    kept = logits.clone()
+    close(
+        sampler.adjust(logits, params).clamp(min=-9),
+        references.sampling.adjust(logits, params).clamp(min=-9),
+        1e-6,
+    )
+    before = counts.clone()
+    tokens = sampler.sample(logits, params).tokens
+    assert torch.equal(logits, kept)
+    for row, slot in enumerate(table.tolist()):
+        if slot >= 0:
+            before[slot, int(tokens[row])] += 2
+    assert torch.equal(counts, before)
+
+
 def checks(target: Target) -> dict[str, Callable[[], None]]:
     """Every check by name."""
     found: dict[str, Callable[[], None]] = {}
@@ -166,6 +231,7 @@ def checks(target: Target) -> dict[str, Callable[[], None]]:
     for features in (96, 1536, 14336):
         found[f"gate, {features}"] = partial(gates, target, features)
     found["block copies"] = partial(copies, target)
+    found["bias, penalties, masks"] = partial(adjusted, target)
     return found
 
 
@@ -198,5 +264,14 @@ def graph_replay(target: Target) -> None:
 
 
 def gpu_checks(target: Target) -> dict[str, Callable[[], None]]:
-    """What only a GPU can do, one at a time: a capture forbids others to allocate meanwhile."""
+    """What only a GPU can do, or do in time."""
+    found: dict[str, Callable[[], None]] = {}
+    for vocab in (700, 32000, 128256):
+        for spread in (0.3, 3.0):
+            found[f"sampling, {vocab} x {spread}"] = partial(sampling, target, vocab, spread)
+    return found
+
+
+def lone_checks(target: Target) -> dict[str, Callable[[], None]]:
+    """What must be alone on the GPU: during a capture nobody else may allocate."""
     return {"graph replay": partial(graph_replay, target)}
