@@ -34,8 +34,8 @@ def seconds(work: Callable[[], object], calls: int = 1, target_ms: float = 25.0)
 
 
 def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
     for _ in range(count):

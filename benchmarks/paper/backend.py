@@ -122,6 +122,10 @@ class TimingBackend:
             return self.now_s + self._blocked_s
         return self._overlapped[0][0] if self._overlapped else None
 
+    def counters(self) -> dict[str, int]:
+        """See `Backend`; none."""
+        return {}
+
     def memory(self) -> MemoryReport:
         """See `Backend`."""
         return MemoryReport(0, 0, 0)

@@ -21,9 +21,10 @@ class Configure:
     """First message: what to load. Answered by `Loading`…, then `Ready` or `Failed`."""
 
     backend: str
-    """``llama.cpp`` or ``simulated``."""
+    """``torch``, ``llama.cpp`` or ``simulated``; ``auto``: torch if there is a CUDA device that can
+    compute the model, else llama.cpp."""
     model_path: str
-    """Validated GGUF file; ``""`` for a simulated model."""
+    """Validated GGUF file, or folder in Hugging Face's layout; ``""`` for a simulated model."""
     model_digest: bytes
     context_tokens: int
     """0: what the model was trained with."""
@@ -32,13 +33,15 @@ class Configure:
     ram_bytes: int
     """Budget of the RAM tier."""
     threads: int
-    """CPU threads of llama.cpp; 0: the number of physical cores."""
+    """CPU threads that compute where there is no GPU; 0: the number of physical cores."""
     kv_dtype: str = "f16"
+    """llama.cpp only; torch keeps KV in the type it computes in."""
     flash_attention: bool = True
+    """llama.cpp only."""
     vocab_size: int = 0
-    """Simulated backend only: size of the vocabulary (llama.cpp knows its own)."""
+    """Tokens the tokeniser knows (llama.cpp reads its own)."""
     eog_tokens: tuple[int, ...] = ()
-    """Simulated backend only."""
+    """Ids that end a generation, as the tokeniser says (llama.cpp reads its own)."""
     simulated_step_us: int = 1000
     """Simulated backend only: fixed part of a step's time, in microseconds."""
     simulated_token_us: int = 0
@@ -130,6 +133,8 @@ class Ready:
     block_tokens: int
     eog_tokens: tuple[int, ...]
     kv_dtype: str
+    notice: str = ""
+    """What people must be told of how it computes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,10 +55,9 @@ def params_of(samplers: list[Sampler], device: str = "cpu") -> SampleParams:
     counts = torch.zeros(len(samplers), vocab, dtype=torch.int32, device=device)
     rows = torch.full((len(samplers),), -1, dtype=torch.int32, device=device)
     for row, one in enumerate(samplers):
-        if one._history is not None:
+        if one.penalised:
             rows[row] = row
-            prompt = torch.tensor(one._history._prompt.tolist(), dtype=torch.int64, device=device)
-            made = torch.tensor(one._history._tokens, dtype=torch.int64, device=device)
+            prompt, made = (torch.from_numpy(ids).to(device) for ids in one.seen())
             fill_counts(counts, row, prompt, made)
     bias = [sorted(s.params.logit_bias.items()) for s in samplers]
     return SampleParams(

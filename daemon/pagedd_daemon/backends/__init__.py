@@ -26,6 +26,17 @@ def load_backend(configure: Configure, progress: Callable[[float], None]) -> Bac
         from pagedd_daemon.backends.simulated import SimulatedBackend
 
         return SimulatedBackend.from_configure(configure)
+    if configure.backend == "torch":
+        from pagedd_daemon.backends.paged.load import load
+
+        return load(configure, progress)
+    notice = ""
+    if configure.backend == "auto":
+        from pagedd_daemon.backends.paged.choice import try_cuda
+
+        backend, notice = try_cuda(configure, progress)
+        if backend is not None:
+            return backend
     from pagedd_daemon.backends.llama import LlamaBackend
 
-    return LlamaBackend.load(configure, progress)
+    return LlamaBackend.load(configure, progress, notice)

@@ -62,6 +62,8 @@ class Capabilities:
     launch a second step, which may name tokens of the first as `PENDING`."""
     keep_cached_on_gpu: bool
     """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
+    notice: str = ""
+    """What people must know of how it computes: that it does not use the GPU they expect."""
 
 
 @dataclass(slots=True)
@@ -189,6 +191,10 @@ class Backend(Protocol):
 
     def memory(self) -> MemoryReport:
         """What is held now."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Further figures for ``stats``, by name; counted since it was loaded."""
         ...
 
     def close(self) -> None:

@@ -83,12 +83,15 @@ class LlamaBackend:
         self._closed = False
 
     @classmethod
-    def load(cls, configure: Configure, progress: Callable[[float], None]) -> LlamaBackend:
+    def load(
+        cls, configure: Configure, progress: Callable[[float], None], notice: str = ""
+    ) -> LlamaBackend:
         """Load the model and allocate the pool.
 
         Args:
             configure: ``kv_tokens`` 0 lets the memory of the machine decide.
             progress: Called with the fraction of the weights that is read.
+            notice: Why the model is computed here and not on a GPU.
 
         Raises:
             ModelLoadError: The file is no model llama.cpp can serve in pages, or memory is short.
@@ -109,13 +112,13 @@ class LlamaBackend:
             model.close()
             raise ModelLoadError(f"{path} cannot be served: {reason}", {"path": path})
         try:
-            return cls._with_pool(model, configure)
+            return cls._with_pool(model, configure, notice)
         except ModelLoadError:
             model.close()
             raise
 
     @classmethod
-    def _with_pool(cls, model: api.Model, configure: Configure) -> LlamaBackend:
+    def _with_pool(cls, model: api.Model, configure: Configure, notice: str) -> LlamaBackend:
         token_bytes = model.kv_values_per_token() * api.KV_TYPES[configure.kv_dtype][1]
         wanted = configure.context_tokens or model.context_tokens
         blocks = _choose_blocks(configure.kv_tokens, wanted, token_bytes)
@@ -159,6 +162,7 @@ class LlamaBackend:
             max_step_tokens=STEP_TOKENS,
             asynchronous=False,
             keep_cached_on_gpu=False,
+            notice=notice,
         )
         return cls(model, context, caps, configure.ram_bytes)
 
@@ -292,6 +296,10 @@ class LlamaBackend:
         caps = self._caps
         pool = self._context.cells * caps.block_bytes // caps.block_tokens
         return MemoryReport(self._model.size_bytes, pool, self._extents.bytes)
+
+    def counters(self) -> dict[str, int]:
+        """See `Backend`; none."""
+        return {}
 
     def close(self) -> None:
         """See `Backend`."""

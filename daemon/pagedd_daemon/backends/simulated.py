@@ -240,6 +240,10 @@ class SimulatedBackend:
         size = self._caps.block_bytes
         return MemoryReport(0, self._caps.gpu_blocks * size, len(self._stored) * size)
 
+    def counters(self) -> dict[str, int]:
+        """See `Backend`; none."""
+        return {}
+
     def close(self) -> None:
         """See `Backend`."""
         self._pending.clear()

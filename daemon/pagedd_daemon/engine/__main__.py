@@ -42,6 +42,7 @@ def serve(link: FrontLink) -> int:
             block_tokens=caps.block_tokens,
             eog_tokens=tuple(sorted(caps.eog_tokens)),
             kv_dtype=caps.kv_dtype,
+            notice=caps.notice,
         )
     )
     try:

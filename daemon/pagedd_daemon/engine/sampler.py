@@ -63,24 +63,24 @@ def _mix(x: int) -> int:
 class _History:
     """The tokens that penalties look at, as parallel arrays that grow with the text."""
 
-    __slots__ = ("_prompt", "_slot", "_tokens", "counts", "ids", "size")
+    __slots__ = ("_slot", "counts", "ids", "prompt", "size", "tokens")
 
     def __init__(self, prompt: Ids) -> None:
-        self._prompt = prompt
+        self.prompt = prompt
         self._fill([])
 
     def _fill(self, tokens: list[int]) -> None:
-        self._tokens: list[int] = []
-        self.size = self._prompt.size
+        self.tokens: list[int] = []
+        self.size = self.prompt.size
         self.ids = np.zeros(self.size + 64, np.int64)
         self.counts = np.zeros(self.size + 64, np.float64)
-        self.ids[: self.size] = self._prompt
-        self._slot = {token: slot for slot, token in enumerate(self._prompt.tolist())}
+        self.ids[: self.size] = self.prompt
+        self._slot = {token: slot for slot, token in enumerate(self.prompt.tolist())}
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
-        self._tokens.append(token)
+        self.tokens.append(token)
         slot = self._slot.get(token)
         if slot is None:
             slot = self._slot[token] = self.size
@@ -92,11 +92,11 @@ class _History:
         self.counts[slot] += 1
 
     def rewind(self, length: int) -> None:
-        self._fill(self._tokens[:length])
+        self._fill(self.tokens[:length])
 
     def copy(self) -> _History:
-        other = _History(self._prompt)
-        other._fill(self._tokens)
+        other = _History(self.prompt)
+        other._fill(self.tokens)
         return other
 
 
@@ -192,13 +192,29 @@ class Sampler:
             other._history = self._history.copy()
         return other
 
-    def uniform(self) -> float:
-        """The random number of the next draw, in [0, 1)."""
-        return (_mix(self._key ^ self.generated) >> 11) * 2.0**-53
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number of the next draw, in [0, 1), or of the ``ahead``-th one after it."""
+        return (_mix(self._key ^ (self.generated + ahead)) >> 11) * 2.0**-53
 
-    def masked(self) -> Ids:
-        """Ids that may not be drawn now."""
-        return self._stop_mask if self.generated < self.stop.min_tokens else self._eog_mask
+    def masked(self, ahead: int = 0) -> Ids:
+        """Ids that may not be drawn then."""
+        early = self.generated + ahead < self.stop.min_tokens
+        return self._stop_mask if early else self._eog_mask
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was seen so far changes its logits."""
+        return self._history is not None
+
+    def seen(self) -> tuple[Ids, Ids]:
+        """What penalties look at: distinct ids of the prompt (none where they do not count), and
+        every token that was accepted."""
+        assert self._history is not None
+        return self._history.prompt, np.array(self._history.tokens, np.int64)
+
+    def bias(self) -> tuple[Ids, Floats]:
+        """Ids whose logits are raised, ascending, and by how much."""
+        return self._bias_ids, self._bias_values
 
     def adjust(self, row: Row) -> list[tuple[Ids, Row]]:
         """Apply bias, penalties and masks to ``row`` in place.

@@ -13,6 +13,7 @@ Keys::
                prompt_tokens, cached_tokens, generated_tokens}
     pager      {stored_pages, loaded_pages, copied_blocks, preemptions_swap, preemptions_recompute}
     memory     {weights, kv_pool, ram_tier}, bytes
+    backend    what the backend counts (`Backend.counters`)
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def snapshot(
             "preemptions_recompute": stats.preemptions_recompute,
         },
         "memory": asdict(memory),
+        "backend": backend.counters(),
     }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BACKENDS = ("auto", "llama.cpp", "simulated")
+BACKENDS = ("auto", "torch", "llama.cpp", "simulated")
 KV_DTYPES = ("f16", "f32")
 
 
@@ -43,20 +44,21 @@ class Settings:
     """Name or path of the model that requests without one get, loaded in the background at start;
     None: requests must name one."""
     backend: str = "auto"
-    """``auto`` (llama.cpp for a GGUF model, simulated for a simulated one), ``llama.cpp`` or
-    ``simulated`` (deterministic tokens and no weights, whatever the model)."""
+    """``torch`` (the project's own engine, on the CUDA device or else on the CPU), ``llama.cpp``
+    (the CPU), ``simulated`` (deterministic tokens and no weights, whatever the model), or ``auto``:
+    torch where there is a GPU that can compute the model, else llama.cpp."""
     kv_tokens: int = 0
     """Tokens of the first KV tier; 0: chosen by the engine from the memory of the machine."""
     ram_bytes: int = field(default_factory=_quarter_of_memory)
     """Bytes the RAM tier of KV may take. A quarter of the memory by default: the desktop, the
     weights and the page cache that holds them need the rest."""
     threads: int = 0
-    """CPU threads of llama.cpp; 0: the number of physical cores."""
+    """CPU threads that compute where no GPU does; 0: the number of physical cores."""
     context_tokens: int = 0
     """The longest sequence to serve, in tokens; 0: what the model was trained with."""
     kv_dtype: str = "f16"
-    """Type of keys and values: ``f16``, or ``f32`` for twice the memory and no rounding, which lets
-    texts be compared token by token."""
+    """Type of keys and values in llama.cpp: ``f16``, or ``f32`` for twice the memory and no
+    rounding, which lets texts be compared token by token."""
     flash_attention: bool = True
     """Whether llama.cpp uses flash attention, its faster kernel; off where texts are compared."""
     keep_alive_s: float = 300.0
@@ -101,5 +103,10 @@ class Settings:
 
 
 def cuda_device_present(exists: Callable[[str], bool] = os.path.exists) -> bool:
-    """Whether the NVIDIA driver offers a GPU that this version will not use."""
+    """Whether the NVIDIA driver offers a GPU."""
     return exists("/dev/nvidia0") or exists("/dev/dxg")
+
+
+def gpu_usable() -> bool:
+    """Whether there is a GPU and the packages to use it; they are found and not imported."""
+    return cuda_device_present() and importlib.util.find_spec("torch") is not None

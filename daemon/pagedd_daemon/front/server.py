@@ -17,7 +17,7 @@ from enum import IntEnum
 
 from pagedd._version import __version__
 from pagedd_daemon.front.auth import AuthenticationBroken
-from pagedd_daemon.front.config import Settings, cuda_device_present
+from pagedd_daemon.front.config import Settings, cuda_device_present, gpu_usable
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import HelperError, HelperPool
 from pagedd_daemon.front.limits import DEFAULT_LIMITS
@@ -90,9 +90,10 @@ class Server:
             keep_alive_s=settings.keep_alive_s,
             on_shutdown=self._asked_to_stop,
         )
-        if settings.backend == "auto" and cuda_device_present():
+        if settings.backend == "auto" and cuda_device_present() and not gpu_usable():
             self._service.board.notice = (
-                "An NVIDIA GPU is present, but this version computes on the CPU with llama.cpp."
+                "An NVIDIA GPU is present, but not used: pagedd[cuda] is not installed. "
+                "Computing on the CPU."
             )
         self._transport = ZmqTransport(settings.socket_dir, DEFAULT_LIMITS, self._service)
         self._service.transport = self._transport

@@ -6,7 +6,7 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 
-from pagedd_daemon.front.config import Settings
+from pagedd_daemon.front.config import Settings, gpu_usable
 from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
 from pagedd_daemon.front.engine_link import Engine, EngineListener, EngineProcess
 from pagedd_daemon.front.errors import WireError
@@ -90,9 +90,10 @@ class ModelSource:
             entry = await asyncio.to_thread(self._registry.resolve, name)
         except ModelError as error:
             raise _refused(error) from error
-        if self._settings.backend == "llama.cpp" and entry.path is None:
+        backend = self._settings.backend
+        if backend in ("llama.cpp", "torch") and entry.path is None:
             raise WireError(
-                "E_MODEL", f"the backend llama.cpp cannot run {name}", details={"name": name}
+                "E_MODEL", f"the backend {backend} cannot run {name}", details={"name": name}
             )
         return entry
 
@@ -115,7 +116,7 @@ class ModelSource:
         settings = self._settings
         simulated = settings.backend == "simulated" or entry.path is None
         return Configure(
-            backend="simulated" if simulated else "llama.cpp",
+            backend="simulated" if simulated else self._backend(),
             model_path="" if simulated else str(entry.path),
             model_digest=text.model.digest,
             context_tokens=settings.context_tokens,
@@ -124,11 +125,19 @@ class ModelSource:
             threads=settings.threads,
             kv_dtype=settings.kv_dtype,
             flash_attention=settings.flash_attention,
-            vocab_size=text.model.vocab_size if simulated else 0,
-            eog_tokens=text.model.eog if simulated else (),
+            vocab_size=text.model.vocab_size,
+            eog_tokens=text.model.eog,
             simulated_step_us=settings.simulated_step_us,
             simulated_token_us=settings.simulated_token_us,
         )
+
+    def _backend(self) -> str:
+        """What the engine is asked for: to look for a GPU only where there may be one, since
+        loading torch takes seconds."""
+        settings = self._settings
+        if settings.backend == "auto" and not gpu_usable():
+            return "llama.cpp"
+        return settings.backend
 
     async def spawn(self, listener: EngineListener) -> Engine:
         """See `models.Source`."""

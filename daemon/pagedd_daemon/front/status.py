@@ -110,7 +110,7 @@ class Board:
         return {
             "version": self._version,
             **self.ping(),
-            "degraded": [text for text in (self.notice, self._models.trouble) if text],
+            "degraded": [text for text in self._degraded(model) if text],
             "backend": model.ready.backend if model else None,
             "device": model.ready.device if model else None,
             "models": [self._model(model)] if model else [],
@@ -141,8 +141,12 @@ class Board:
             "steps": self._streams.steps,
             "pager": dict(self.figures.get("pager", {})),
             "memory": dict(self.figures.get("memory", {})),
+            "backend": dict(self.figures.get("backend", {})),
             "apps": self._apps(),
         }
+
+    def _degraded(self, model: Model | None) -> tuple[str | None, ...]:
+        return self.notice, model.ready.notice if model else None, self._models.trouble
 
     def _uptime_s(self) -> float:
         return round(self._clock.time() - self._started, 3)

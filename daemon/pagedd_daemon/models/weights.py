@@ -194,7 +194,7 @@ class _Lane:
         # Multiples of 8 bytes, so that every plain type can be viewed.
         self._buffer = torch.empty(-(-size // 8) * 8, dtype=torch.uint8, pin_memory=self._cuda)
         self._bytes = self._buffer.numpy().data
-        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if self._cuda else None
         if self._stream is not None:
             # The places were allocated in the order of the current stream.
             self._stream.wait_stream(torch.cuda.current_stream(device))

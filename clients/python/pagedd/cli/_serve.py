@@ -46,7 +46,7 @@ _COUNT = click.IntRange(min=0)
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "llama.cpp", "simulated"]),
+    type=click.Choice(["auto", "torch", "llama.cpp", "simulated"]),
     default="auto",
     show_default=True,
 )

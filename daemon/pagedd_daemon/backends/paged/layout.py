@@ -1,0 +1,130 @@
+"""How large a step's arrays are, which bucket it is padded to, and where they lie in one buffer.
+
+Everything a step needs of the host travels in one copy. A CUDA graph reads its inputs at fixed
+addresses, so the layout is a function of the padded shape alone; the ragged block tables, whose
+size no shape tells, come last, and the copy ends where they end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+ALIGNMENT = 16
+"""Bytes every array is aligned to: the widest load of a GPU, and what Triton specialises on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The padded sizes of one forward pass."""
+
+    tokens: int
+    sequences: int
+    rows: int
+    """Rows of the batch whose logits are wanted."""
+    decode: bool
+    """One token per sequence, and the logits of all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One array in the buffer."""
+
+    offset: int
+    """Bytes."""
+    count: int
+    """Elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the arrays of a `StepShape` lie. int32 but where another type is named."""
+
+    shape: StepShape
+    tokens: Section
+    sources: Section
+    """Per token: the draw of the step before that it is, or -1 where ``tokens`` has it."""
+    positions: Section
+    slots: Section
+    """int64."""
+    query_starts: Section
+    context_lens: Section
+    logit_rows: Section
+    """int64."""
+    table_starts: Section
+    """Per sequence, and one more: where its blocks begin in ``tables``."""
+    tables: int
+    """Byte offset of the ragged block tables."""
+
+
+def layout(shape: StepShape) -> Layout:
+    """The layout of a shape."""
+    at = 0
+
+    def section(count: int, item: int) -> Section:
+        nonlocal at
+        begin = at
+        at += -(-count * item // ALIGNMENT) * ALIGNMENT
+        return Section(begin, count)
+
+    return Layout(
+        shape=shape,
+        tokens=section(shape.tokens, 4),
+        sources=section(shape.tokens, 4),
+        positions=section(shape.tokens, 4),
+        slots=section(shape.tokens, 8),
+        query_starts=section(shape.sequences + 1, 4),
+        context_lens=section(shape.sequences, 4),
+        logit_rows=section(shape.rows, 8),
+        table_starts=section(shape.sequences + 1, 4),
+        tables=at,
+    )
+
+
+def decode_buckets(most: int) -> tuple[int, ...]:
+    """Sequences of the decode graphs: steps of at most 1/8, so padding costs little."""
+    sizes = [1, 2, 4]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        sizes.append(last + max(4, 1 << max(0, last.bit_length() - 4)))
+    return (*(size for size in sizes if size < most), most)
+
+
+MIXED_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+"""Tokens of the graphs for steps that also have chunks of prompts. Beyond 512 the device is busy
+for longer than the host takes to launch every kernel by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The shapes that are captured before the engine is ready."""
+
+    decode: tuple[int, ...]
+    mixed: tuple[int, ...]
+    most_sequences: int
+
+    def shapes(self) -> list[StepShape]:
+        """All of them, the largest first: later graphs reuse the memory of earlier ones."""
+        mixed = [self._mixed(tokens) for tokens in reversed(self.mixed)]
+        return mixed + [StepShape(n, n, n, True) for n in reversed(self.decode)]
+
+    def fit(self, tokens: int, sequences: int, decode: bool) -> StepShape | None:
+        """The smallest bucket that holds a step, or None if it is larger than all.
+
+        Args:
+            tokens: Its input tokens.
+            sequences: Its runs, of which each may want one row of logits.
+            decode: Whether every run has one token and wants its logits.
+        """
+        if decode and sequences <= self.decode[-1]:
+            size = self.decode[bisect_left(self.decode, sequences)]
+            return StepShape(size, size, size, True)
+        if not self.mixed or tokens > self.mixed[-1]:
+            return None
+        shape = self._mixed(self.mixed[bisect_left(self.mixed, tokens)])
+        return shape if sequences <= shape.rows else None
+
+    def _mixed(self, tokens: int) -> StepShape:
+        # Every run has a token, so there are never more runs than tokens; and one of padding.
+        rows = min(tokens, self.most_sequences)
+        return StepShape(tokens, rows + 1, rows, False)

@@ -1,0 +1,274 @@
+"""From a model's files to a `PagedBackend` that serves: memory, weights, warm-up, pool.
+
+The order is what makes the memory come out right: what a step takes beside weights and pool is
+only known once every shape has been computed, so the pool is grown last, to what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from pagedd_daemon.backends.base import Capabilities, ModelLoadError
+from pagedd_daemon.backends.paged.arena import (
+    Arena,
+    ArenaMemoryError,
+    PoolShape,
+    make_arena,
+)
+from pagedd_daemon.backends.paged.backend import LEAST_PIECE_TOKENS, PagedBackend
+from pagedd_daemon.backends.paged.caches import CompileCounter, use_cache_folder
+from pagedd_daemon.backends.paged.layout import MIXED_BUCKETS, Buckets, decode_buckets
+from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
+from pagedd_daemon.backends.paged.slabs import RamTier
+from pagedd_daemon.backends.paged.warmup import warm_up
+from pagedd_daemon.messages import Configure
+from pagedd_daemon.models.config import fits
+from pagedd_daemon.models.decoder import Decoder
+from pagedd_daemon.models.errors import ModelError
+from pagedd_daemon.models.model import read_model
+
+log = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 16
+MOST_SEQUENCES = 256
+"""Sequences that run at the same time: the largest decode graph. From there on a step's time grows
+with its sequences, so more of them would only slow each other down."""
+CUDA_STEP_TOKENS = 8192
+"""A prompt of 6,000 tokens is one step; matrix products are at full speed from 2,000 on."""
+CPU_STEP_TOKENS = 512
+_CPU_CONTEXTS = 4
+"""Sequences of full length that the pool on a CPU has room for, unless memory is short."""
+_CPU_SHARE = 0.25
+"""Of the memory that is available, what a pool on a CPU may take by itself."""
+_CUDA_SHARE = 0.9
+"""Of the device memory that is left after warm-up, what the pool takes by itself: the desktop needs
+some."""
+_PLAIN_SHARE = 0.75
+"""The same where the pool cannot grow and is made before warm-up."""
+_RESERVE_BYTES = 1 << 30
+"""Device memory for everything but weights and KV, at the least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the engine is told beside the model."""
+
+    kv_tokens: int = 0
+    """Tokens of the pool; 0: by the memory there is."""
+    ram_bytes: int = 0
+    context_tokens: int = 0
+    """0: the model's."""
+    model_digest: bytes = bytes(32)
+    eog_tokens: frozenset[int] = frozenset()
+    asynchronous: bool | None = None
+    """Whether a second step may be launched before the first is collected; None: on CUDA."""
+    step_tokens: int = 0
+    """Tokens of a step; 0: by the device."""
+
+
+def load(configure: Configure, progress: Callable[[float], None]) -> PagedBackend:
+    """Load what ``configure`` names, on the CUDA device or else on the CPU.
+
+    Args:
+        configure: The model and how much memory.
+        progress: Called with the fraction that is done.
+
+    Raises:
+        ModelLoadError: The model cannot be served, and why.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if cuda:
+        use_cache_folder()
+    else:
+        torch.set_num_threads(configure.threads or _physical_cores())
+    path = Path(configure.model_path)
+    wishes = Wishes(
+        kv_tokens=configure.kv_tokens,
+        ram_bytes=configure.ram_bytes,
+        context_tokens=configure.context_tokens,
+        model_digest=configure.model_digest,
+        eog_tokens=frozenset(configure.eog_tokens),
+    )
+    try:
+        config = read_model(path).config
+        if configure.vocab_size > config.vocab_size:
+            raise ModelLoadError(
+                f"{path}: the tokeniser knows {configure.vocab_size} tokens, the model "
+                f"{config.vocab_size}",
+                {"tokenizer": configure.vocab_size, "model": config.vocab_size},
+            )
+        context = configure.context_tokens or config.context_tokens
+        free = _free_bytes(device)
+        fits(
+            config,
+            dtype_bytes=dtype.itemsize,
+            free_bytes=free,
+            tokens=configure.kv_tokens or 2 * BLOCK_TOKENS,
+            reserve_bytes=_RESERVE_BYTES if cuda else 0,
+        )
+        model = Decoder.load(
+            path, device, dtype, lambda done, whole: progress(0.8 * done / whole), context
+        )
+    except ModelError as error:
+        raise ModelLoadError(error.message, dict(error.details)) from error
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(f"{path}: the device is out of memory: {error}") from error
+    return serve(model, wishes, lambda fraction: progress(0.8 + 0.2 * fraction))
+
+
+@torch.no_grad()
+def serve(
+    model: Model, wishes: Wishes, progress: Callable[[float], None] = lambda _: None
+) -> PagedBackend:
+    """A backend over a model that is there, warmed up.
+
+    Raises:
+        ModelLoadError: There is no memory for a pool.
+    """
+    device = model.device
+    cuda = device.type == "cuda"
+    config = model.config
+    shape = PoolShape(config.layers, BLOCK_TOKENS, config.kv_heads, config.head_dim, model.dtype)
+    counter = None
+    if cuda:
+        # The default stream waits for all others, and cannot be captured.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+        counter = CompileCounter()
+    most, first = _pool_blocks(wishes, shape, model)
+    try:
+        arena: Arena = make_arena(shape, most, first, device)
+    except ArenaMemoryError as error:
+        raise ModelLoadError(str(error), {"block_bytes": shape.block_bytes}) from error
+    step_tokens = wishes.step_tokens or (CUDA_STEP_TOKENS if cuda else CPU_STEP_TOKENS)
+    limits = Limits(
+        sequences=MOST_SEQUENCES,
+        step_tokens=step_tokens,
+        context_tokens=model.context_tokens,
+        block_tokens=BLOCK_TOKENS,
+    )
+    runner = Runner(model, arena.kv, limits)
+    buckets = None
+    if cuda:
+        step_tokens = _rehearse(runner, step_tokens)
+        buckets = Buckets(decode_buckets(MOST_SEQUENCES), MIXED_BUCKETS, MOST_SEQUENCES)
+        shapes = buckets.shapes()
+        for at, bucket in enumerate(shapes):
+            runner.capture(bucket)
+            progress((at + 1) / len(shapes))
+        arena.resize(wishes.kv_tokens // BLOCK_TOKENS or _cuda_blocks(device, shape, arena))
+    blocks = arena.blocks
+    if wishes.kv_tokens:
+        blocks = min(blocks, wishes.kv_tokens // BLOCK_TOKENS)
+    if blocks < max(2, wishes.kv_tokens // BLOCK_TOKENS):
+        _refuse_pool(wishes, shape, blocks)
+    ram_blocks = wishes.ram_bytes // shape.block_bytes
+    page_values = shape.block_bytes // shape.dtype.itemsize
+    caps = Capabilities(
+        name="torch",
+        device=_device_name(device),
+        model_digest=wishes.model_digest,
+        kv_dtype=_KV_NAMES[model.dtype],
+        vocab_size=config.vocab_size,
+        context_tokens=min(model.context_tokens, (blocks - 1) * BLOCK_TOKENS),
+        eog_tokens=wishes.eog_tokens | config.eog_tokens,
+        gpu_blocks=blocks,
+        ram_blocks=ram_blocks,
+        block_tokens=BLOCK_TOKENS,
+        block_bytes=shape.block_bytes,
+        max_sequences=MOST_SEQUENCES,
+        max_step_tokens=step_tokens,
+        asynchronous=cuda if wishes.asynchronous is None else wishes.asynchronous,
+        keep_cached_on_gpu=True,
+        notice="" if cuda else "The torch backend computes on the CPU: it found no CUDA device.",
+    )
+    ram = RamTier(ram_blocks, page_values, shape.dtype, lock=cuda)
+    backend = PagedBackend(model, arena, ram, caps, runner, limits, buckets, counter)
+    if counter is not None:
+        most = min(caps.max_step_tokens, caps.context_tokens)
+        warm_up(backend, (1, 2, 16, MOST_SEQUENCES), (most, min(most, 600)))
+        counter.reset()
+    return backend
+
+
+_KV_NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def _rehearse(runner: Runner, tokens: int) -> int:
+    """Compute the largest step once; a smaller one where it does not fit. Returns its tokens."""
+    while not _fits(runner, tokens):
+        if tokens <= LEAST_PIECE_TOKENS:
+            raise ModelLoadError(
+                f"the device has no memory for a step of {tokens} tokens", {"tokens": tokens}
+            )
+        tokens //= 2
+        torch.cuda.empty_cache()
+    return tokens
+
+
+def _fits(runner: Runner, tokens: int) -> bool:
+    try:
+        runner.rehearse(tokens)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def _pool_blocks(wishes: Wishes, shape: PoolShape, model: Model) -> tuple[int, int]:
+    """Blocks a pool may ever have, and those of one that cannot grow."""
+    device = model.device
+    free = _free_bytes(device)
+    if device.type == "cuda":
+        most = torch.cuda.get_device_properties(device).total_memory // shape.block_bytes
+        plain = int(free * _PLAIN_SHARE) // shape.block_bytes
+    else:
+        contexts = _CPU_CONTEXTS * model.context_tokens // BLOCK_TOKENS
+        most = plain = min(contexts, int(free * _CPU_SHARE) // shape.block_bytes)
+    if wishes.kv_tokens:
+        plain = wishes.kv_tokens // BLOCK_TOKENS
+        if plain * shape.block_bytes > free:
+            _refuse_pool(wishes, shape, free // shape.block_bytes)
+        most = max(most, plain)
+    return most, plain
+
+
+def _cuda_blocks(device: torch.device, shape: PoolShape, arena: Arena) -> int:
+    """Blocks of the whole pool when it takes its share of what is free."""
+    torch.cuda.empty_cache()
+    return arena.blocks + int(_free_bytes(device) * _CUDA_SHARE) // shape.block_bytes
+
+
+def _refuse_pool(wishes: Wishes, shape: PoolShape, blocks: int) -> None:
+    needed = max(2 * BLOCK_TOKENS, wishes.kv_tokens)
+    there = blocks * BLOCK_TOKENS
+    raise ModelLoadError(
+        f"a pool of {needed} tokens takes {needed // BLOCK_TOKENS * shape.block_bytes} bytes; "
+        f"there is room for {there} tokens",
+        {"kv_tokens": needed, "room_tokens": there, "block_bytes": shape.block_bytes},
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def _physical_cores() -> int:
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return max(1, min(cores, len(os.sched_getaffinity(0))))

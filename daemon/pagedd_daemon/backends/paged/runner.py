@@ -1,0 +1,159 @@
+"""From a step's inputs on the device to its logits: kernel by kernel, or as one CUDA graph.
+
+Graphs are captured for the buckets of `layout.Buckets` before the engine is ready. All of them read
+their inputs from one buffer and share one pool of scratch memory, since only one runs at a time and
+whatever it leaves behind is used before the next one starts: everything is on one stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pagedd_daemon.backends.paged.layout import Layout, StepShape, layout
+from pagedd_daemon.backends.paged.staging import device_arrays
+from pagedd_daemon.models.config import ModelConfig
+from pagedd_kernels import StepBatch
+from pagedd_kernels.inputs import resolve_tokens, unpack_tables
+
+SAMPLING_BYTES_PER_ROW = 12 << 10
+"""Room for what a draw is told: 1,024 biases of 8 bytes, some hundred masked ids, and a line of
+numbers."""
+
+
+class Model(Protocol):
+    """What computes: `pagedd_daemon.models.decoder.Decoder`, or a test's."""
+
+    config: ModelConfig
+    context_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of everything it holds on the device."""
+        ...
+
+    def forward(self, batch: StepBatch, kv: Tensor) -> Tensor:
+        """One step: logits ``[N, vocab_size]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may hold at most."""
+
+    sequences: int
+    """Runs, and draws."""
+    step_tokens: int
+    context_tokens: int
+    block_tokens: int
+
+    @property
+    def table_width(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.context_tokens // self.block_tokens)
+
+    def buffer_bytes(self) -> int:
+        """Of the largest step, its tables and the parameters of its draws."""
+        sequences = self.sequences
+        largest = layout(StepShape(self.step_tokens, sequences + 1, sequences, False))
+        tables = 4 * sequences * self.table_width
+        return largest.tables + tables + SAMPLING_BYTES_PER_ROW * sequences
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    """What a replay leaves there."""
+
+
+class Runner:
+    """Computes steps whose inputs are in `inputs`."""
+
+    def __init__(self, model: Model, kv: Tensor, limits: Limits) -> None:
+        """A runner without graphs.
+
+        Args:
+            model: What computes.
+            kv: The pool.
+            limits: The largest step.
+        """
+        self._model = model
+        self._kv = kv
+        self._limits = limits
+        device = model.device
+        self.inputs = torch.zeros(limits.buffer_bytes(), dtype=torch.uint8, device=device)
+        """A step's arrays, as its `Layout` says."""
+        self.drawn = torch.zeros(limits.sequences, dtype=torch.int32, device=device)
+        """Tokens of the last step's draws, in its order: what `PENDING` stands for."""
+        shape = (limits.sequences + 1, limits.table_width)
+        self._tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._graphs: dict[StepShape, _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @property
+    def graphs(self) -> int:
+        """How many there are."""
+        return len(self._graphs)
+
+    def run(self, where: Layout, max_query: int, max_context: int) -> Tensor:
+        """Logits of the step in `inputs`, ``[rows, vocab_size]``, valid until the next run.
+
+        Args:
+            where: Its layout.
+            max_query: Most tokens of one run.
+            max_context: Longest sequence, this step's tokens included.
+        """
+        known = self._graphs.get(where.shape)
+        if known is None:
+            return self._compute(where, max_query, max_context)
+        known.graph.replay()
+        return known.logits
+
+    def capture(self, shape: StepShape) -> None:
+        """Make the graph of a bucket; on the current stream, which must not be the default one."""
+        where = layout(shape)
+        most = 1 if shape.decode else shape.tokens
+        self.inputs.zero_()
+        # Kernels are compiled and libraries set up outside of the capture.
+        self._compute(where, most, self._limits.context_tokens)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads copy and page-lock meanwhile, which does not concern this capture.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        logits = self._compute(where, most, self._limits.context_tokens)
+        graph.capture_end()
+        self._graphs[shape] = _Graph(graph, logits)
+
+    def rehearse(self, tokens: int) -> None:
+        """Compute a step of padding, larger than every graph: what it needs is compiled and
+        allocated then."""
+        sequences = min(tokens, self._limits.sequences)
+        where = layout(StepShape(tokens, sequences, sequences, False))
+        self.inputs.zero_()
+        self._compute(where, tokens, self._limits.context_tokens)
+
+    def close(self) -> None:
+        """Give graphs and buffers back."""
+        self._graphs.clear()
+        self.inputs = self.drawn = self._tables = self._kv = torch.empty(0)
+
+    def _compute(self, where: Layout, max_query: int, max_context: int) -> Tensor:
+        arrays = device_arrays(self.inputs, where)
+        tables = self._tables[: where.shape.sequences]
+        batch = StepBatch(
+            tokens=resolve_tokens(arrays.tokens, arrays.sources, self.drawn),
+            positions=arrays.positions,
+            slots=arrays.slots,
+            block_tables=unpack_tables(arrays.tables, arrays.table_starts, tables),
+            query_starts=arrays.query_starts,
+            context_lens=arrays.context_lens,
+            logit_rows=arrays.logit_rows,
+            max_query=max_query,
+            max_context=max_context,
+        )
+        return self._model.forward(batch, self._kv)
