@@ -329,6 +329,13 @@ class LlamaBackend:
     def _fill(self, runs: list[Run]) -> tuple[int, int]:
         """Write the batch; returns its tokens and the rows of logits it will give."""
         context = self._context
+        if all(len(run.tokens) == 1 and run.draws for run in runs):
+            n = len(runs)
+            context.tokens[:n] = [run.tokens.item() for run in runs]
+            context.positions[:n] = [run.start for run in runs]
+            context.sequences[:n] = [self._id(run.seq) for run in runs]
+            context.wanted[:n] = 1
+            return n, n
         total = rows = 0
         for run in runs:
             start, n = run.start, len(run.tokens)

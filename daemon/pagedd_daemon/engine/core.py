@@ -16,6 +16,7 @@ import numpy as np
 from kvpager.types import PriorityClass
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend, Handle, Step, StepFaultError, StepResult
+from pagedd_daemon.engine.outbox import HOLD_S, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
@@ -38,7 +39,9 @@ class Engine:
         """Steps in flight at most."""
         self._flights: deque[tuple[Step, Handle]] = deque()
         self._steps = 0
-        self._report = m.StepReport(0)
+        self._outbox = Outbox(0.0 if self._caps.asynchronous else HOLD_S)
+        self._step_s = 0.0
+        """Of the last step."""
         self._totals = Totals()
 
     # ------------------------------------------------------------------------------------ messages
@@ -103,6 +106,8 @@ class Engine:
         Where the backend computes by itself, the step that was just launched runs meanwhile; else
         it is the one that is collected. What a step drew is said before the books are brought up to
         date, so that the front works while the engine does; what ends follows in a second report.
+        Where both need the same cores it may be held back a little (`HOLD_S`), not to be said too
+        often.
 
         Returns:
             Whether a step was launched or collected.
@@ -119,7 +124,7 @@ class Engine:
         if self._flights and (step is None or len(self._flights) == self._depth):
             self._collect(say)
             self._scheduler.settle()
-        self._say(say)
+        self._say(say, everything=step is None)
         return step is not None or bool(self._flights)
 
     def _drain(self, say: Callable[[m.StepReport], None]) -> None:
@@ -139,7 +144,7 @@ class Engine:
     def _announce(self) -> None:
         """Report what planning found: who started, who can never fit, who cannot grow."""
         for request in self._scheduler.started:
-            self._report.started.append((request.rid, request.cached_tokens))
+            self._outbox.started(request.rid, request.cached_tokens)
             self._totals.start(request)
         self._scheduler.started.clear()
         for request, denial in self._scheduler.denied:
@@ -168,11 +173,14 @@ class Engine:
                 continue  # by the token before, after this step was launched
             kept.append((sequence, tokens))
             request = sequence.request
-            if request.first_token_s == 0.0:
+            first = request.first_token_s == 0.0
+            if first:
                 request.first_token_s = now
             request.last_token_s = now
-            for offset, one in enumerate(tokens):
-                self._output(request, sequence.index + offset, one)
+            for index, one in enumerate(tokens, sequence.index):
+                if not self._ends(request, one.token):
+                    self._outbox.output(request.rid, index, one, now, first=first)
+        self._step_s = result.seconds
         self._say(say)
         self._scheduler.retire(step, result.seconds)
         for sequence, tokens in kept:
@@ -184,15 +192,6 @@ class Engine:
     def _ends(self, request: Request, token: int) -> bool:
         """Whether a drawn token ends its sample and is no part of it."""
         return token < 0 or token in self._caps.eog_tokens or token in request.stop.stop_token_ids
-
-    def _output(self, request: Request, index: int, drawn: Drawn) -> None:
-        token = drawn.token
-        if self._ends(request, token):
-            return
-        logprobs = None if drawn.logprob is None else [(drawn.logprob, [*drawn.top])]
-        self._report.outputs.append(
-            m.Output(request.rid, index, token.to_bytes(4, "little"), logprobs)
-        )
 
     def _accept(self, sequence: Sequence, drawn: Drawn) -> None:
         """Keep a token that was drawn for a sequence, or end it."""
@@ -266,7 +265,7 @@ class Engine:
             request.generated_tokens += generated
             self._scheduler.end(sequence, keep_tokens=len(request.prompt) + generated)
         request.open_samples.discard(index)
-        self._report.ended.append(m.Ended(request.rid, index, reason))
+        self._outbox.ended(m.Ended(request.rid, index, reason))
         if not request.open_samples:
             self._close(request)
 
@@ -274,7 +273,7 @@ class Engine:
         self._scheduler.withdraw(request)
         self._forget(request)
         self._totals.end(request)
-        self._report.closed.append(_closed(request))
+        self._outbox.closed(_closed(request))
 
     def _reject(
         self, request: Request, code: str, message: str, details: dict[str, object]
@@ -285,18 +284,15 @@ class Engine:
             self._scheduler.end(sequence)
         request.sequences.clear()
         self._forget(request)
-        self._report.rejected.append(m.Rejected(request.rid, code, message, details))
+        self._outbox.rejected(m.Rejected(request.rid, code, message, details))
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.rid]
 
-    def _say(self, say: Callable[[m.StepReport], None]) -> None:
-        """Say what there is to say."""
-        report = self._report
-        if report.outputs or report.ended or report.rejected or report.started:
-            self._report = m.StepReport(0)
-            report.steps = self._steps
-            say(report)
+    def _say(self, say: Callable[[m.StepReport], None], *, everything: bool = False) -> None:
+        """Say what there is to say, ``everything`` or what is due."""
+        if everything or self._outbox.due(self._clock(), self._step_s):
+            self._outbox.say(say, self._steps)
 
 
 def _closed(request: Request) -> m.Closed:

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -112,11 +112,14 @@ class Sampler:
         "_bias_ids",
         "_bias_values",
         "_eog_mask",
+        "_eog_set",
+        "_greedy",
         "_history",
         "_key",
         "_plain",
         "_reach",
         "_stop_mask",
+        "_stop_set",
         "generated",
         "params",
         "stop",
@@ -154,14 +157,17 @@ class Sampler:
         self._bias_values = np.array([b for _, b in bias], np.float64)
         eog = {t for t in eog_tokens if 0 <= t < vocab_size}
         stops = eog | {t for t in stop.stop_token_ids if 0 <= t < vocab_size}
-        self._eog_mask = np.array(sorted(eog if stop.ignore_eos else ()), np.int64)
-        self._stop_mask = np.array(sorted(stops if stop.min_tokens > 0 else ()), np.int64)
+        self._eog_set = frozenset(eog if stop.ignore_eos else ())
+        self._stop_set = frozenset(stops if stop.min_tokens > 0 else ())
+        self._eog_mask = np.array(sorted(self._eog_set), np.int64)
+        self._stop_mask = np.array(sorted(self._stop_set), np.int64)
         self._history: _History | None = None
         repeats = params.repetition_penalty != 1.0
         if repeats or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             seen = np.unique(prompt).astype(np.int64) if repeats else np.zeros(0, np.int64)
             self._history = _History(seen)
         self._plain = not bias and self._history is None
+        self._greedy = params.temperature <= 0.0 and self._plain
 
     def accept(self, token: int) -> None:
         """``token`` is kept as the next one of this sample."""
@@ -216,6 +222,14 @@ class Sampler:
         """Ids whose logits are raised, ascending, and by how much."""
         return self._bias_ids, self._bias_values
 
+    def takes_best(self, token: int) -> bool:
+        """Whether it draws the largest logit, whose id is ``token``, and nothing else is to do."""
+        if not self._greedy or self.params.logprobs >= 0:
+            return False
+        return token not in (
+            self._stop_set if self.generated < self.stop.min_tokens else self._eog_set
+        )
+
     def adjust(self, row: Row) -> list[tuple[Ids, Row]]:
         """Apply bias, penalties and masks to ``row`` in place.
 
@@ -263,25 +277,28 @@ def draw(logits: npt.NDArray[np.float32], rows: Sequence[tuple[int, Sampler]]) -
     Returns:
         One `Drawn` per entry of ``rows``, in order.
     """
-    best = logits.argmax(axis=1).tolist() if any(_greedy(s) for _, s in rows) else []
+    best = logits.argmax(axis=1).tolist() if any(s._greedy for _, s in rows) else []
+    # argmax takes a NaN for the largest, so one look finds any.
+    drawn = [
+        Drawn(best[at] if math.isfinite(logits[at, best[at]]) else -1)
+        if best and sampler.takes_best(best[at])
+        else None
+        for at, sampler in rows
+    ]
+    if None not in drawn:
+        return cast("list[Drawn]", drawn)
     # A tiny temperature overflows the quotient to -inf, whose exp is the 0 that is meant.
     with np.errstate(over="ignore"):
-        return [_draw_row(logits[at], sampler, best[at] if best else -1) for at, sampler in rows]
+        return [
+            one if one is not None else _draw_row(logits[at], sampler)
+            for one, (at, sampler) in zip(drawn, rows, strict=True)
+        ]
 
 
-def _greedy(sampler: Sampler) -> bool:
-    return sampler.params.temperature <= 0.0 and sampler._plain
-
-
-def _draw_row(row: Row, sampler: Sampler, best: int) -> Drawn:
-    """Draw from one row; ``best`` is its largest where that is known, else -1."""
-    if best >= 0 and _greedy(sampler) and best not in sampler.masked():
-        # argmax takes a NaN for the largest, so one look finds any.
-        token = best if math.isfinite(row[best]) else -1
-    else:
-        before = sampler.adjust(row)
-        token = _sample(row, sampler)
-        _restore(row, before)
+def _draw_row(row: Row, sampler: Sampler) -> Drawn:
+    before = sampler.adjust(row)
+    token = _sample(row, sampler)
+    _restore(row, before)
     if token < 0 or sampler.params.logprobs < 0:
         return Drawn(token)
     return _with_logprobs(row, token, sampler.params.logprobs)
