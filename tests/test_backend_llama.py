@@ -375,6 +375,11 @@ def tokenize(path: Path) -> Callable[[str], list[int]]:
     return tokens
 
 
+def test_a_model_folder_is_refused_with_what_can_run_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="runs GGUF files"):
+        load(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_packaged_model_gives_its_plain_text_through_every_path(smollm2_path: Path) -> None:
     path = f32_copy(smollm2_path)

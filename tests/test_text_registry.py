@@ -14,7 +14,7 @@ import pytest
 
 from pagedd_daemon.models import registry as registry_module
 from pagedd_daemon.models.errors import ModelError, ModelFileError, UnknownModelError
-from pagedd_daemon.models.gguf_header import read_header
+from pagedd_daemon.models.model import read_model_header
 from pagedd_daemon.models.registry import PACKAGED_FILE, Registry, default_models_dir
 
 
@@ -151,9 +151,9 @@ def test_a_header_is_read_once_and_again_when_the_file_changes(
 
     def counting(path: Path) -> object:
         reads.append(path)
-        return read_header(path)
+        return read_model_header(path)
 
-    monkeypatch.setattr(registry_module, "read_header", counting)
+    monkeypatch.setattr(registry_module, "read_model_header", counting)
     models.list()
     models.list()
     models.resolve("gemma-3-1b")

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -97,6 +98,12 @@ class LlamaBackend:
             ModelLoadError: The file is no model llama.cpp can serve in pages, or memory is short.
         """
         path = configure.model_path
+        if Path(path).is_dir():
+            raise ModelLoadError(
+                f"{path} is a folder, and llama.cpp runs GGUF files: take one of the model, or "
+                "--backend torch",
+                {"path": path, "notice": notice},
+            )
         if configure.kv_dtype not in api.KV_TYPES:
             raise ModelLoadError(
                 f"KV type {configure.kv_dtype!r} is not served",

@@ -13,9 +13,10 @@ request                                        result
 generation, bos, known]``
 =============================================  ====================================================
 
-``source`` is the absolute path of a model file, `SIMULATED` or `SIMULATED_IDS`. ``ids`` are packed
-little-endian int32. ``known`` is null or the text whose ids the caller has already: where the
-rendered text begins with it, only the ids of the rest come back, and ``rewritten`` is false.
+``source`` is the absolute path of a model file or folder, `SIMULATED` or `SIMULATED_IDS`. ``ids``
+are packed little-endian int32. ``known`` is null or the text whose ids the caller has already:
+where the rendered text begins with it, only the ids of the rest come back, and ``rewritten`` is
+false.
 
 An answer is ``["ok", retire, result]`` or ``["err", retire, code, message, details]``. ``retire``
 says that the process has served or grown enough and wants to be replaced.
@@ -33,7 +34,7 @@ SIMULATED_IDS = "simulated-ids"
 """A vocabulary of 1,024 ids without a tokeniser."""
 
 OPENED = (
-    "digest",  # 32 bytes, of the file
+    "digest",  # 32 bytes, of the weights
     "vocab_size",
     "bos",  # -1: none
     "eos",  # -1: none

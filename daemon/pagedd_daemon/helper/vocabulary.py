@@ -8,9 +8,12 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from pagedd_daemon.helper.folder_vocabulary import FolderVocabulary
 from pagedd_daemon.helper.protocol import SIMULATED
 from pagedd_daemon.models.errors import ModelFileError
+from pagedd_daemon.models.folder import FolderHeader
 from pagedd_daemon.models.gguf_header import GgufHeader
+from pagedd_daemon.models.model import ModelHeader
 
 
 class Vocabulary(Protocol):
@@ -203,9 +206,9 @@ class _Log:
             _Log.first_error = text.decode("utf-8", "replace").strip()[:300]
 
 
-def open_vocabulary(source: str, header: GgufHeader | None) -> Vocabulary:
-    """The vocabulary of a checked file, or of the simulated model."""
+def open_vocabulary(source: str, header: ModelHeader | None) -> Vocabulary:
+    """The vocabulary of a checked file or folder, or of the simulated model."""
     if source == SIMULATED:
         return ByteVocabulary()
     assert header is not None
-    return LlamaVocabulary(header)
+    return FolderVocabulary(header) if isinstance(header, FolderHeader) else LlamaVocabulary(header)

@@ -18,7 +18,7 @@ from pagedd_daemon.helper.templates import TemplateRefusedError
 from pagedd_daemon.helper.vocabulary import open_vocabulary
 from pagedd_daemon.link import FrameReader, frame
 from pagedd_daemon.models.errors import ModelError
-from pagedd_daemon.models.gguf_header import GgufHeader, read_header
+from pagedd_daemon.models.model import ModelHeader, read_model_header
 
 SIMULATED_IDS_VOCABULARY = 1024
 _Described = tuple[str, str, dict[str, Any]]
@@ -70,7 +70,7 @@ class Worker:
             return self._opened_without_tokenizer(source, None, SIMULATED_IDS_VOCABULARY)
         header = None
         if source != SIMULATED:
-            header = read_header(Path(source))
+            header = read_model_header(Path(source))
             if header.tokenizer in _NO_TOKENIZER:
                 return self._opened_without_tokenizer(source, header, header.vocab_size or 0)
             self._budget.allow_model(header.header_bytes)
@@ -92,7 +92,7 @@ class Worker:
         return dict(zip(OPENED, values, strict=True))
 
     def _opened_without_tokenizer(
-        self, source: str, header: GgufHeader | None, vocab_size: int
+        self, source: str, header: ModelHeader | None, vocab_size: int
     ) -> dict[str, Any]:
         self._models[source] = None
         digest = header.digest if header else _simulated_digest(source)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from pagedd_daemon.models.stored import StoredModel, StoredTensor
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 CONFIG_BYTES = 2**20
 """A configuration has 500 to 10,000."""
 INDEX_BYTES = 32 * 2**20
@@ -133,3 +136,58 @@ def _text_half(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         else:
             renamed[name] = tensor
     return renamed
+
+
+@dataclass(frozen=True, slots=True)
+class FolderHeader:
+    """What the small files and the headers of a folder say; the names are `GgufHeader`'s."""
+
+    path: Path
+    architecture: str
+    context_length: int
+    vocab_size: int
+    eog_tokens: frozenset[int]
+    parameters: int
+    """Elements of all tensors."""
+    quantization: str
+    """The type most weights have: ``BF16``."""
+    size_bytes: int
+    """Of all weights' files."""
+    tokenizer: str | None
+    """`TOKENIZER` if there is one."""
+    header_bytes: int
+    """Bytes of the tokeniser's file."""
+    digest: bytes
+    """32 bytes, see `folder_digest`."""
+
+
+def read_folder_header(folder: Path) -> FolderHeader:
+    """Check a model folder and say what is in it.
+
+    Raises:
+        UnsupportedModelError: The torch backend does not compute such models.
+        ModelFileError: A file is missing or wrong.
+    """
+    config, shards = read_config(folder), read_shards(folder)
+    sizes: Counter[str] = Counter()
+    for tensor in shards.tensors().values():
+        sizes[tensor.kind] += math.prod(tensor.shape)
+    tokenizer = folder / TOKENIZER
+    there = tokenizer.is_file()
+    if not there and (folder / SENTENCEPIECE).exists():
+        raise ModelFileError(
+            tokenizer, f"does not exist, and {SENTENCEPIECE} alone cannot be read here"
+        )
+    return FolderHeader(
+        path=folder,
+        architecture=config.architecture,
+        context_length=config.context_tokens,
+        vocab_size=config.vocab_size,
+        eog_tokens=config.eog_tokens,
+        parameters=sum(sizes.values()),
+        quantization=sizes.most_common(1)[0][0],
+        size_bytes=shards.size_bytes,
+        tokenizer=TOKENIZER if there else None,
+        header_bytes=tokenizer.stat().st_size if there else 0,
+        digest=folder_digest(folder, shards),
+    )

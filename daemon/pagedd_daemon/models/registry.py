@@ -1,4 +1,7 @@
-"""Which models there are and what they are called. No network, and nothing but headers is read."""
+"""Which models there are and what they are called. No network, and nothing but headers is read.
+
+A model is a GGUF file, or a folder in Hugging Face's layout.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ import platformdirs
 
 from pagedd_daemon.helper.protocol import SIMULATED, SIMULATED_IDS
 from pagedd_daemon.models.errors import ModelError, ModelFileError, UnknownModelError
-from pagedd_daemon.models.gguf_header import GgufHeader, read_header
+from pagedd_daemon.models.folder import is_folder_model
+from pagedd_daemon.models.model import ModelHeader, read_model_header
 
 PACKAGED_NAME = "smollm2:135m"
 """The model ``pagedd pull`` fetches, and the default."""
@@ -53,10 +57,10 @@ class ModelEntry:
     """What `HelperPool.open` takes: an absolute path, ``simulated`` or ``simulated-ids``."""
     path: Path | None
     """None for a simulated model."""
-    header: GgufHeader | None
-    """None for a simulated model, and for a file that is no model."""
+    header: ModelHeader | None
+    """None for a simulated model, and for what is no model that can be used."""
     problem: str | None = None
-    """Why the file cannot be used; only in listings."""
+    """Why it cannot be used; only in listings."""
 
     def as_map(self) -> dict[str, Any]:
         """The fields of ``models`` in the wire protocol, but ``loaded``."""
@@ -83,12 +87,12 @@ class Registry:
         """A registry.
 
         Args:
-            models_dir: Where ``*.gguf`` files are looked for; it need not exist.
+            models_dir: Where ``*.gguf`` files and model folders are looked for; it need not exist.
             default: A name or a path: what no name stands for.
         """
         self.models_dir = models_dir if models_dir is not None else default_models_dir()
         self.default = default
-        self._headers: dict[Path, tuple[tuple[int, int, int], GgufHeader | ModelFileError]] = {}
+        self._headers: dict[Path, tuple[_Stamp, ModelHeader | ModelError]] = {}
 
     def list(self) -> list[ModelEntry]:
         """Every model that can be named, by name; files that are no models with their problem.
@@ -106,8 +110,8 @@ class Registry:
             if entry.path is not None:
                 try:
                     header = self._header(entry.path)
-                except ModelFileError as error:
-                    problem = error.reason
+                except ModelError as error:
+                    problem = error.reason if isinstance(error, ModelFileError) else error.message
             listed.append(_with(entry, header, problem))
         return sorted(listed, key=lambda entry: entry.name)
 
@@ -120,6 +124,7 @@ class Registry:
         Raises:
             UnknownModelError: No model goes by the name.
             ModelFileError: Its file is missing, unreadable or no model.
+            UnsupportedModelError: Nothing here can run it.
         """
         wanted = name or self.default
         entry = self._named(wanted)
@@ -148,41 +153,42 @@ class Registry:
         return None
 
     def _candidates(self) -> Iterator[ModelEntry]:
-        """Entries without headers: the packaged model, then the files of the models folder."""
+        """Entries without headers: the packaged model, then what is in the models folder."""
         folder = self.models_dir.absolute()
         own = folder / PACKAGED_FILE
         packaged = own if own.is_file() else packaged_file()
         if packaged is not None:
             yield _file_entry(PACKAGED_NAME, packaged, (*PACKAGED_ALIASES, packaged.stem))
         try:
-            paths = sorted(folder.glob("*.gguf"))
+            paths = sorted(folder.iterdir())
         except OSError:
             return
         for path in paths:
-            if path.name != PACKAGED_FILE:
+            if path.suffix == ".gguf" and path.name != PACKAGED_FILE:
                 yield _file_entry(path.stem, path)
+            elif is_folder_model(path):
+                yield _file_entry(path.name, path)
 
-    def _header(self, path: Path) -> GgufHeader:
-        """The header, read again only when the file has changed.
+    def _header(self, path: Path) -> ModelHeader:
+        """The header, read again only when a file has changed.
 
         Raises:
-            ModelFileError: It cannot be used.
+            ModelError: It cannot be used.
         """
         try:
-            status = path.stat()
+            stamp = _stamp(path)
         except (OSError, ValueError):
-            return read_header(path)  # which says what is wrong
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            return read_model_header(path)  # which says what is wrong
         known = self._headers.get(path)
         if known is None or known[0] != stamp:
-            found: GgufHeader | ModelFileError
+            found: ModelHeader | ModelError
             try:
-                found = read_header(path)
-            except ModelFileError as error:
+                found = read_model_header(path)
+            except ModelError as error:
                 found = error
             known = self._headers[path] = (stamp, found)
-        if isinstance(known[1], ModelFileError):
-            raise ModelFileError(path, known[1].reason, known[1].details)
+        if isinstance(known[1], ModelError):
+            raise known[1].with_traceback(None)
         return known[1]
 
     def _unknown(self, name: str) -> ModelError:
@@ -201,6 +207,20 @@ class Registry:
         )
 
 
+_Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What changes when a file does, or a file of a folder.
+
+    Raises:
+        OSError, ValueError: It is not there, or cannot be looked at.
+    """
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    states = [(file.name, file.stat()) for file in files]
+    return tuple((name, s.st_mtime_ns, s.st_size, s.st_ino) for name, s in states)
+
+
 def _simulated(name: str) -> bool:
     return name in (SIMULATED, SIMULATED_IDS)
 
@@ -213,5 +233,5 @@ def _file_entry(name: str, path: Path, aliases: tuple[str, ...] = ()) -> ModelEn
     return ModelEntry(name, aliases, str(path), path, None)
 
 
-def _with(entry: ModelEntry, header: GgufHeader | None, problem: str | None) -> ModelEntry:
+def _with(entry: ModelEntry, header: ModelHeader | None, problem: str | None) -> ModelEntry:
     return ModelEntry(entry.name, entry.aliases, entry.source, entry.path, header, problem)
