@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,7 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.pools import HEAD_DIM, KV_HEADS, Arena, blocks_of, kv_bytes, shape, step
-from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.timing import compile_all, seconds
 from pagedd_kernels import StepBatch
 from pagedd_kernels.gpu.decode import decode_attention
 from pagedd_kernels.gpu.device import multiprocessors
@@ -47,6 +46,7 @@ def _decode_time(
     group: int = 4,
     plan: DecodePlan | None = None,
     affine: bool = False,
+    target_ms: float = 25.0,
 ) -> float:
     batch = step(lengths, shuffled=not affine)
     kv = arena.pool(blocks_of(batch))
@@ -56,7 +56,7 @@ def _decode_time(
         for layer in range(kv.shape[1]):
             decode_attention(q, kv, layer, batch, shape(group), plan=plan, affine=affine)
 
-    return seconds(layers, kv.shape[1])
+    return seconds(layers, kv.shape[1], target_ms)
 
 
 def decode_grid(arena: Arena, ceiling: float) -> Iterable[Row]:
@@ -188,36 +188,21 @@ def prefill(arena: Arena) -> Iterable[Row]:
         yield row
 
 
-def _compiled(jobs: list[Callable[[], object]]) -> None:
-    """Run each once, side by side: nearly all of it is compiling. A plan that does not fit the
-    device fails here and again where it is measured, which is where it is left out."""
-
-    def run(job: Callable[[], object]) -> None:
-        try:
-            job()
-        except Exception as error:
-            print(f"  left out: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(run, jobs))
-    torch.cuda.synchronize()
-
-
 def sweep_decode(arena: Arena, ceiling: float) -> Iterable[Row]:
     """Tiles, warps, stages, splits; the fastest ten of each shape, and what the plan takes."""
-    forms = list(product((32, 64, 128), (1, 2, 4), (2, 3, 4)))
+    forms = list(product((32, 64, 128), (1, 2, 4), (2, 3, 4, 5)))
     tiny = step([(1, 64)])
     kv = arena.pool(blocks_of(tiny), most_layers=1)
     q = _queries(tiny, 4)
-    _compiled(
+    compile_all(
         [
             partial(decode_attention, q, kv, 0, tiny, shape(4), plan=DecodePlan(t, w, s, n, 64))
             for (t, w, s), n in product(forms, (1, 2))
         ]
     )
     cases = {
-        (1, 2048): (4, 8, 16, 32), (1, 32768): (16, 32, 48, 64), (8, 2048): (1, 2, 4, 8),
-        (8, 8192): (2, 4, 8, 16), (32, 2048): (1, 2, 4), (64, 1024): (1, 2), (256, 576): (1,),
+        (1, 2048): (8, 16, 32), (1, 32768): (32, 64, 82, 128), (8, 2048): (2, 4, 8, 16),
+        (8, 8192): (4, 8, 10, 16), (32, 2048): (1, 2, 3, 4), (64, 1024): (1, 2), (256, 576): (1,),
         (128, 4096): (1, 2),
     }  # fmt: skip
     for (count, context), splits in cases.items():
@@ -226,7 +211,7 @@ def sweep_decode(arena: Arena, ceiling: float) -> Iterable[Row]:
         chosen = decode_plan(shape(4), count, context, multiprocessors(torch.device("cuda", 0)))
         for (tile, warps, stages), n in product(forms, splits):
             plan = DecodePlan(tile, warps, stages, n, tile)
-            rows += _measured(plan, partial(_decode_time, arena, lengths, plan=plan))
+            rows += _measured(plan, partial(_decode_time, arena, lengths, plan=plan, target_ms=8.0))
         rows.sort(key=lambda row: float(row["us"]))
         rows = rows[:10]
         rows += [
@@ -259,7 +244,7 @@ def sweep_prefill(arena: Arena) -> Iterable[Row]:
     q = _queries(tiny, 4)
     plans = [VarlenPlan(*form, 1, 256) for form in forms]
     plans += [VarlenPlan(*form, n, 64) for form in small for n in (1, 2)]
-    _compiled([partial(varlen_attention, q, kv, 0, tiny, shape(4), p) for p in plans])
+    compile_all([partial(varlen_attention, q, kv, 0, tiny, shape(4), p) for p in plans])
     cases: dict[str, list[VarlenPlan]] = {
         name: [VarlenPlan(*form, 1, 256) for form in forms] for name in PREFILLS
     }

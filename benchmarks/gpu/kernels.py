@@ -29,7 +29,7 @@ from tests.support.kernel_checks import Target, checks, gpu_checks, lone_checks
 
 Row = dict[str, Any]
 ARENA_BYTES = 36 << 30
-SWEEPS = ("sweep_decode", "sweep_prefill")
+SWEEPS = ("sweep_decode", "sweep_prefill", "sweep_products")
 
 
 def check() -> Iterable[Row]:
@@ -75,6 +75,7 @@ def stages(arena: Arena, ceiling: float) -> dict[str, Callable[[], Iterable[Row]
         "products": partial(small.products, ceiling),
         "sweep_decode": partial(attention.sweep_decode, arena, ceiling),
         "sweep_prefill": partial(attention.sweep_prefill, arena),
+        "sweep_products": partial(small.sweep_products, ceiling),
     }
 
 
@@ -128,7 +129,7 @@ def summary(stages: dict[str, list[Row]]) -> list[str]:
     for name in SWEEPS:
         seen: set[object] = set()
         for row in stages.get(name, []):
-            case = (row.get("step"), row.get("batch"), row.get("context"))
+            case = tuple(row.get(k) for k in ("step", "batch", "context", "product", "rows"))
             if case not in seen or "chosen" in row:
                 lines.append(f"{name} {_shown(row)}")
             seen.add(case)

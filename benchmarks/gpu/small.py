@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.pools import Arena, blocks_of, shape, step
-from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.timing import compile_all, seconds
 from pagedd_kernels import (
     SampleParams,
     copy_blocks,
@@ -21,6 +23,8 @@ from pagedd_kernels import (
     rope_write,
     sample,
 )
+from pagedd_kernels.gpu import linear as narrow
+from pagedd_kernels.plans import LinearPlan
 
 Row = dict[str, Any]
 VOCAB, HIDDEN, FEED_FORWARD = 128256, 4096, 14336
@@ -120,3 +124,28 @@ def products(ceiling: float) -> Iterable[Row]:
 def _each(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Tensor) -> None:
     for weight in weights:
         product(x, weight)
+
+
+def sweep_products(ceiling: float) -> Iterable[Row]:
+    """Tiles of the narrow product; the fastest five of each shape, and cuBLAS."""
+    forms = [
+        LinearPlan(*form)
+        for form in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 4, 8), (3, 5))
+        if form[0] * form[1] * form[3] * 2 <= 160 << 10 and form[0] * form[1] >= 1024 * form[2]
+    ]
+    for (name, (features, inputs)), rows in itertools.product(LINEAR_SHAPES.items(), (1, 16)):
+        copies = max(2, (256 << 20) // (features * inputs * 2))
+        weights = torch.randn(copies, features, inputs, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+        compile_all([partial(narrow.linear, x, weights[0], plan) for plan in forms])
+        found: list[Row] = []
+        for plan in forms:
+            work = partial(_each, partial(narrow.linear, plan=plan), x, weights)
+            try:
+                found.append({"plan": repr(plan), "us": seconds(work, copies, 10) * 1e6})
+            except triton.runtime.errors.OutOfResources:
+                continue
+        cublas = seconds(partial(_each, functional.linear, x, weights), copies) * 1e6
+        for row in sorted(found, key=lambda row: float(row["us"]))[:5]:
+            share = features * inputs * 2 / float(row["us"]) * 1e6 / ceiling
+            yield {"product": name, "rows": rows, **row, "of copy": share, "cublas us": cublas}

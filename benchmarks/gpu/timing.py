@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -43,6 +44,21 @@ def _replays(graph: torch.cuda.CUDAGraph, count: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3 / count
+
+
+def compile_all(jobs: list[Callable[[], object]]) -> None:
+    """Run each once, side by side: nearly all of it is compiling. A plan that does not fit the
+    device fails here and again where it is measured, which is where it is left out."""
+
+    def run(job: Callable[[], object]) -> None:
+        try:
+            job()
+        except Exception as error:
+            print(f"  left out: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(run, jobs))
+    torch.cuda.synchronize()
 
 
 def copy_bandwidth(bytes_: int = 4 << 30) -> float:

@@ -53,6 +53,17 @@ class VarlenPlan:
         return tokens // self.tokens(group) + sequences
 
 
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """A product with few rows: a program per ``block`` output features."""
+
+    block: int
+    step: int
+    """Inputs per iteration."""
+    warps: int
+    stages: int
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -73,18 +84,16 @@ def decode_plan(
 ) -> DecodePlan:
     """How to decode ``sequences`` of up to ``max_context`` tokens.
 
-    Two programs of two warps fit a multiprocessor (their tiles fill its shared memory), so a batch
-    wants twice as many programs as there are multiprocessors. Where the sequences alone are as
-    many, long ones still get parts: otherwise one of 32 K among a hundred short ones would be the
-    whole step.
+    Five programs of two warps fit a multiprocessor by their registers, so a batch wants four times
+    as many programs as there are multiprocessors. Where the sequences alone are half as many, only
+    long ones get parts: otherwise one of 32 K among a hundred short ones would be the whole step.
     """
     longest = min(max_context, shape.window) if shape.window else max_context
     tile = 32 if shape.head_dim > 128 else 64
     programs = sequences * shape.kv_heads
-    wanted = 2 * multiprocessors
-    if programs < wanted:
+    if programs < 2 * multiprocessors:
         chunk = 4 * tile
-        splits = _splits(programs, longest, wanted, chunk, most=64)
+        splits = _splits(programs, longest, 4 * multiprocessors, chunk, most=128)
     else:
         chunk = 4096
         splits = _splits(1, longest, ceil_div(longest, chunk), chunk, most=8)

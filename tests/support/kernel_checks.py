@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.nn import functional
 
 from pagedd_kernels import AttentionShape, Penalties, SampleParams, paged_attention, references
-from pagedd_kernels.gpu import blocks, gating, norm, rope
+from pagedd_kernels.gpu import blocks, gating, linear, norm, rope
 from pagedd_kernels.gpu import sampling as sampler
 from pagedd_kernels.gpu.decode import decode_attention
 from pagedd_kernels.gpu.varlen import varlen_attention
-from pagedd_kernels.plans import DecodePlan, VarlenPlan
+from pagedd_kernels.plans import DecodePlan, LinearPlan, VarlenPlan
 from tests.support.kernels import World, close, shape_of, world
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -148,6 +149,16 @@ def copies(target: Target) -> None:
     assert torch.equal(kv.view(torch.int16), w.kv.view(torch.int16))
 
 
+def narrow_products(target: Target) -> None:
+    """Sizes that no tile divides, and one that all do."""
+    for rows, features, inputs in ((1, 100, 96), (5, 64, 128), (16, 40, 200), (19, 33, 64)):
+        x = target.random(rows, inputs, seed=1)
+        weight = target.random(features, inputs, seed=2)
+        for plan in (LinearPlan(16, 64, warps=2, stages=3), LinearPlan(32, 32, warps=2, stages=2)):
+            out = linear.linear(x, weight, plan)
+            target.close(out, functional.linear(x.float(), weight.float()).to(target.dtype))
+
+
 def sampling(target: Target, vocab: int, spread: float, rows: int = 12) -> None:
     """The tokens that sorting the whole row gives, for every filter, flat and peaked logits."""
     random = torch.Generator().manual_seed(int(spread * 10))
@@ -231,6 +242,7 @@ def checks(target: Target) -> dict[str, Callable[[], None]]:
     for features in (96, 1536, 14336):
         found[f"gate, {features}"] = partial(gates, target, features)
     found["block copies"] = partial(copies, target)
+    found["narrow products"] = partial(narrow_products, target)
     found["bias, penalties, masks"] = partial(adjusted, target)
     return found
 
