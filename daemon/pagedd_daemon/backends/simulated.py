@@ -130,6 +130,9 @@ class SimulatedBackend:
         self._ram = np.full((capabilities.ram_blocks, shape[1]), POISON, np.uint64)
         self._stored: set[int] = set()
         self._oracle = Oracle(shape[1]) if verify else None
+        self._spoilt: set[int] = set()
+        """Sequences of a failed step that nobody was told of yet: a step launched upon it reads
+        rubbish, and nothing of it is used."""
         self._steps = 0
         self._transfers = 0
         self._pending: deque[tuple[Store | Load, int, int]] = deque()
@@ -259,6 +262,7 @@ class SimulatedBackend:
         drawn: list[tuple[int, Drawn]] | None = None
         if number in self.faults.steps:
             self._tokens = {one.seq: 0 for run in step.runs for one in run.draws}
+            self._spoilt.update(run.seq for run in step.runs)
             for run in step.runs:
                 self._write(run, np.full(len(run.tokens), POISON, np.uint64))
         else:
@@ -273,6 +277,7 @@ class SimulatedBackend:
             threading.Event().wait()
         self._wait(handle.ends)
         if handle.drawn is None:
+            self._spoilt.clear()
             raise StepFaultError("the simulated device refused the step")
         return StepResult(handle.epoch, handle.drawn, handle.seconds)
 
@@ -312,7 +317,7 @@ class SimulatedBackend:
         if start:
             block = run.block_table.item((start - 1) // size)
             before = self._cells.item(block, (start - 1) % size)
-        if self._oracle is not None:
+        if self._oracle is not None and run.seq not in self._spoilt:
             self._oracle.check(run, self._cells)
         if len(run.tokens) == 1:
             last = (before + mix(run.tokens.item(0) << 32 ^ start)) & 0xFFFF_FFFF_FFFF_FFFF

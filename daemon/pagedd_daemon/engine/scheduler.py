@@ -216,8 +216,8 @@ class Scheduler:
                 self._end_stretch()
             return
         for run, (sequence, _) in zip(step.runs, parts, strict=True):
-            if run.draws:
-                sequence.drawing = False
+            if run.draws and sequence.drawing:
+                sequence.drawing -= 1  # a later step in flight may be drawing, too
         tokens = tuple(
             _inputs(run, sequence) for run, (sequence, _) in zip(step.runs, parts, strict=True)
         )
@@ -238,7 +238,7 @@ class Scheduler:
         parts = self._flights.popleft()
         for run, (sequence, _) in zip(step.runs, parts, strict=True):
             sequence.computed = min(sequence.computed, run.start)
-            sequence.drawing = False
+            sequence.drawing = 0
         stretch = self._stretch
         if stretch is not None and stretch.done:
             self._end_stretch()
@@ -483,7 +483,7 @@ class Scheduler:
         self._flights.append(parts)
         for run, (sequence, count) in zip(step.runs, parts, strict=True):
             sequence.computed += count
-            sequence.drawing = bool(run.draws)
+            sequence.drawing += bool(run.draws)
         return step
 
     def _announce_step(self, parts: list[tuple[Sequence, int]]) -> None:

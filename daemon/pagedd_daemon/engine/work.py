@@ -99,7 +99,8 @@ class Sequence:
     sampler: Sampler
     tokens: TokenBuffer
     computed: int = 0
-    drawing: bool = False
+    drawing: int = 0
+    """Steps in flight that draw a token for it."""
     state: SequenceState = SequenceState.RUNNING
     until: int = -1
     """Tokens from this position on are being loaded while those before it are computed; -1: none
@@ -127,12 +128,12 @@ class Sequence:
             return False
         if not self.drawing:
             return True
-        return self.generated + 1 < self.request.stop.max_tokens and not self.will_fork
+        return self.generated + self.drawing < self.request.stop.max_tokens and not self.will_fork
 
     @property
     def will_fork(self) -> bool:
         """Whether the other samples of its request fork from it when the step in flight is over."""
-        return self.drawing and self.generated == 0 and self.request.samples > 1
+        return self.drawing > 0 and self.generated == 0 and self.request.samples > 1
 
     @property
     def removable(self) -> bool:
