@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test test-gpu check bench-cpu bench-paper clean
+.PHONY: help demo test test-gpu check bench-cpu bench-gpu bench-paper clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ check: $(READY) ## ruff, mypy --strict, import boundaries, file lengths
 
 bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, half an hour or so
 	@$(BIN)/python -m benchmarks.cpu
+
+bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for one of its stages
+	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY))
 
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
 	@$(BIN)/python -m benchmarks.paper

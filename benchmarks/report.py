@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -75,9 +74,17 @@ class Row:
 class Report:
     """The rows of one run of one target."""
 
-    def __init__(self, target: str, *, quick: bool) -> None:
+    def __init__(self, target: str, *, quick: bool, machine: tuple[str, str] | None = None) -> None:
+        """No rows yet.
+
+        Args:
+            target: The name of the make target.
+            quick: The sample is a smaller one.
+            machine: Where it is measured, fit for a file name and in words; None for this CPU.
+        """
         self.target = target
         self.quick = quick
+        self.machine = machine or (machine_slug(), machine_words())
         self.rows: list[Row] = []
         # In a pipe rich would wrap the table at 80 columns.
         terminal = sys.stdout.isatty()
@@ -111,10 +118,10 @@ class Report:
     def write(self, results: Path = RESULTS) -> Path:
         """Write the result file and return its path."""
         results.mkdir(parents=True, exist_ok=True)
-        path = results / f"{self.target}-{machine_slug()}.json"
+        path = results / f"{self.target}-{self.machine[0]}.json"
         document = {
             "command": f"make {self.target}" + (" QUICK=1" if self.quick else ""),
-            "machine": machine_words(),
+            "machine": self.machine[1],
             "date": datetime.now(timezone.utc).date().isoformat(),
             "commit": commit(),
             "quick": self.quick,
@@ -124,7 +131,7 @@ class Report:
         return path
 
     def _table(self) -> Table:
-        title = f"{self.target} on {machine_words()}" + (" (QUICK)" if self.quick else "")
+        title = f"{self.target} on {self.machine[1]}" + (" (QUICK)" if self.quick else "")
         table = Table(title=title)
         table.add_column("what")
         table.add_column("value", justify="right")
@@ -177,7 +184,7 @@ def machine_slug() -> str:
 
 def machine_words() -> str:
     """The machine as a reader of the figures wants it."""
-    memory = round(psutil.virtual_memory().total / 2**30)
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     return (
         f"{_cpu_model()}, {cores()} cores, {memory} GiB, {platform.system()} {platform.machine()}"
     )

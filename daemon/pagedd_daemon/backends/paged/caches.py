@@ -7,8 +7,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from pagedd_daemon.backends.base import ModelLoadError
 
 
@@ -20,6 +18,8 @@ def use_cache_folder() -> Path:
     Raises:
         ModelLoadError: It belongs to somebody else, or is open to others.
     """
+    import platformdirs
+
     folder = Path(platformdirs.user_cache_dir("pagedd")) / "kernels"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from pagedd_daemon.backends.base import Capabilities, ModelLoadError
@@ -259,6 +258,8 @@ def _refuse_pool(wishes: Wishes, shape: PoolShape, blocks: int) -> None:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
     return psutil.virtual_memory().available
 
 
@@ -270,5 +271,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _physical_cores() -> int:
+    import psutil
+
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return max(1, min(cores, len(os.sched_getaffinity(0))))
