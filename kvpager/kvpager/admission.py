@@ -193,7 +193,10 @@ class Admission:
         hits = len(plan.blocks)
         # With room for one token more, so that it makes progress before it can be a victim again.
         total = -(-max(computed + 1, state.known_tokens) // size)
-        plan.total = min(total, self._config.gpu_blocks)
+        ceiling = state.space.ceiling or self._config.gpu_blocks
+        # That one token more is no reason to go over what the namespace may have.
+        held = -(-max(computed, state.known_tokens) // size)
+        plan.total = min(total, max(ceiling, held), self._config.gpu_blocks)
         # It may have grown beyond what it asked for, and never fork: that must not keep it out.
         plan.forks = min(state.ids - 1, self._config.gpu_blocks - plan.total)
         plan.computed = hits * size

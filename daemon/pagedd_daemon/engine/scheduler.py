@@ -54,7 +54,7 @@ from pagedd_daemon.engine.work import (
 
 _MOST_SHARERS = 16
 """Requests asked per step that turn out to wait for a prefix in flight."""
-_OTHERS_MAY_PASS = (DeferReason.PREFIX_IN_FLIGHT, DeferReason.POOL)
+_OTHERS_MAY_PASS = (DeferReason.PREFIX_IN_FLIGHT, DeferReason.POOL, DeferReason.QUOTA)
 """What keeps a request waiting and no room from those behind it."""
 _LEAST_CHUNK = 32
 """Prompt tokens of a step at least: llama.cpp computes chunks of 64 at full speed, 32 at 85 %."""
@@ -80,6 +80,8 @@ class Scheduler:
         self._stretch: Stretch | None = None
         self._changed = True
         self._shrunk = False
+        self._at_ceiling: frozenset[int] = frozenset()
+        """Sequences that were refused room last, since their namespace has all it may have."""
         self.cost = StepCost()
         self.started: list[Request] = []
         """Requests whose prompt began to be computed since the caller last cleared this."""
@@ -329,6 +331,10 @@ class Scheduler:
         then the newest other one is taken; if there is none, ``asking`` is stranded.
         """
         running = [s for s in self._sequences.values() if s.removable]
+        if asking.seq in self._at_ceiling:
+            # Only its own namespace can give it room.
+            running = [s for s in running if s.request.root == asking.request.root]
+            must = must or (running == [asking] and not self._flights)
         paused = [s for s in running if s.request.paused]
         chosen = self._pool.pager.choose_victim([s.seq for s in (paused or running)])
         others = [s for s in running if s is not asking]
@@ -336,7 +342,7 @@ class Scheduler:
             return self._sequences[chosen]
         if others and must:
             return others[-1]
-        if must and self._shrunk:
+        if must and self._shrunk and asking.seq not in self._at_ceiling:
             return asking  # until the pool grows again
         if must:
             self.stranded.append(asking)
@@ -357,7 +363,7 @@ class Scheduler:
             reasons = {v.reason for v in verdicts if isinstance(v, Deferred)}
             if DeferReason.PREFIX_IN_FLIGHT in reasons:
                 self._page_out_paused(computing=True)
-            if DeferReason.POOL in reasons:
+            if reasons & {DeferReason.POOL, DeferReason.QUOTA}:
                 sequence.request.outgrown = True
                 continue
             sequence.request.outgrown = False
@@ -466,13 +472,21 @@ class Scheduler:
         if not wanted:
             return []
         short = self._reserve([s for s, _ in wanted], [n for _, n in wanted])
-        return [(s, n) for s, n in wanted if s.seq not in short]
+        chunks = [(s, n) for s, n in wanted if s.seq not in short]
+        for s, n in wanted:
+            # What came back with all that its namespace may have decodes one token further on,
+            # and is refused there.
+            if s.seq in self._at_ceiling and n > 1 and not self._reserve([s], [n - 1]):
+                return [*chunks, (s, n - 1)]
+        return chunks
 
     def _reserve(self, sequences: list[Sequence], counts: list[int]) -> set[int]:
         """Ask the pager for room; returns the sequences it had none for."""
         verdicts = self._pool.handle(Reserve(tuple(s.seq for s in sequences), tuple(counts)))
         for verdict in verdicts:
             if isinstance(verdict, Reserved):
+                at_ceiling = (s.seq for s in verdict.short if s.reason is DeferReason.QUOTA)
+                self._at_ceiling = frozenset(at_ceiling)
                 return {shortage.seq for shortage in verdict.short}
         raise AssertionError("Reserve was not answered")
 

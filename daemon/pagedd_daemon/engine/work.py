@@ -71,7 +71,8 @@ class Request:
     """Monotonic, like every other ``_s`` here."""
     paused: bool = False
     outgrown: bool = False
-    """Paged out, and longer than the pool is just now: nobody waits for its return."""
+    """Paged out, and nothing that others give back helps it (the pool is too small just now, or its
+    namespace has all it may have): nobody waits for its return."""
     started_s: float = 0.0
     """When its first step was planned; 0 before."""
     first_token_s: float = 0.0
