@@ -166,6 +166,60 @@ def test_an_older_config_says_the_same_of_its_rope(folder: Path) -> None:
     assert new.attention[0].rope.frequencies(64)[0] == 0.25
 
 
+def test_older_configs_of_gemma_say_the_same_of_windows_and_ropes(tmp_path: Path) -> None:
+    """As the published folders have them: rules and defaults instead of a list of layers."""
+    for name, plain in (
+        (
+            "gemma3-scaled",
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "sliding_window_pattern": 6,
+            },
+        ),
+        ("gemma2", {"rope_theta": 10_000.0, "hidden_act": "gelu_pytorch_tanh"}),
+    ):
+        folder = tmp_path / name
+        write_model(name, folder)
+        new = read_config(folder)
+        path = folder / "config.json"
+        fields = json.loads(path.read_text())
+        for absent in ("rope_parameters", "layer_types", "hidden_activation", "rms_norm_eps"):
+            fields.pop(absent, None)
+        path.write_text(json.dumps({**fields, **plain}))
+        assert read_config(folder) == new
+        assert {layer.window for layer in new.attention} == {0, 20}
+
+
+def test_the_text_half_of_gemma_3_has_defaults_for_all_it_leaves_out(tmp_path: Path) -> None:
+    """The published 4B: its ``text_config`` says six figures."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "eos_token_id": [1, 106],
+                "text_config": text,
+            }
+        )
+    )
+    config = read_config(tmp_path)
+    assert (config.heads, config.kv_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.context_tokens) == (262_208, 131_072)
+    assert [layer.window for layer in config.attention[:6]] == [1024] * 5 + [0]
+    assert config.attention[0].rope.base == 10_000
+    assert config.attention[5].rope.base == 1_000_000
+    assert config.attention[5].rope.divisors == (8.0,) * 128
+    assert config.tied_head
+    assert config.eog_tokens == {1, 106}
+    assert config.kv_bytes_per_token(2) == 34 * 2 * 4 * 256 * 2
+
+
 @pytest.mark.parametrize(
     "architecture", ["MixtralForCausalLM", "MambaForCausalLM", "T5ForConditionalGeneration"]
 )

@@ -87,6 +87,10 @@ MODELS: Mapping[str, Callable[[], transformers.PreTrainedConfig]] = {
         }
     ),
     "phi3": lambda: transformers.Phi3Config(**_SMALL, sliding_window=24),
+    "phi3-partial": lambda: transformers.Phi3Config(
+        **{**_SMALL, "hidden_size": 128, "tie_word_embeddings": True},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    ),
     "phi3-longrope": lambda: transformers.Phi3Config(
         **_SMALL, original_max_position_embeddings=64, rope_parameters=dict(_LONGROPE)
     ),

@@ -35,8 +35,9 @@ Progress = Callable[[int, int], None]
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of a file that are read, sent and decoded at a time: one buffer."""
-CHUNK_ELEMENTS = 8 * 2**20
-"""Weights of a chunk at most: decoding takes several float32 copies of them."""
+CHUNK_ELEMENTS = 2 * 2**20
+"""Weights of a quantised chunk at most: decoding takes several float32 copies of them, 16 lanes at
+the same time, on a device that may have little room beside the weights."""
 THREADS = 8
 """Readers, on a machine that has as many cores. One copies 6 to 10 GB/s out of the page cache."""
 
@@ -124,7 +125,10 @@ def _chunks(
     elements, size = BLOCKS[tensor.kind]
     row_bytes = columns // elements * size
     unit = interleaved or 1
-    most = max(min(CHUNK_BYTES // row_bytes, CHUNK_ELEMENTS // columns) // unit * unit, unit)
+    most = CHUNK_BYTES // row_bytes
+    if elements > 1:
+        most = min(most, CHUNK_ELEMENTS // columns)
+    most = max(most // unit * unit, unit)
     for first in range(0, rows, most):
         count = min(most, rows - first)
         yield _Chunk(
