@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pagedd_daemon.engine.stepcost import DECODE_TARGET_S, PREFILL_TARGET_S, StepCost
+from pagedd_daemon.engine.pace import DECODE_TARGET_S, PREFILL_TARGET_S
+from pagedd_daemon.engine.stepcost import StepCost
 
 
 def learned(decode_s: float, per_token_s: float, *, mixed: bool) -> StepCost:
@@ -15,26 +16,46 @@ def learned(decode_s: float, per_token_s: float, *, mixed: bool) -> StepCost:
 
 
 def test_a_chunk_beside_decodes_fills_the_step_and_no_more() -> None:
-    budget = learned(0.020, 0.002, mixed=False).prefill_budget(4, most=512, least=32)
+    budget = learned(0.020, 0.002, mixed=False).prefill_budget(4, 512, 32, DECODE_TARGET_S)
     assert abs(0.020 + budget * 0.002 - DECODE_TARGET_S) < 0.02
 
 
 def test_without_decodes_a_step_may_take_longer() -> None:
-    budget = learned(0.020, 0.002, mixed=False).prefill_budget(0, most=512, least=32)
+    budget = learned(0.020, 0.002, mixed=False).prefill_budget(0, 512, 32, PREFILL_TARGET_S)
     assert abs(budget * 0.002 - PREFILL_TARGET_S) < 0.05
 
 
 def test_prompts_always_advance_and_never_exceed_the_step() -> None:
     cost = learned(10.0, 1.0, mixed=False)
-    assert cost.prefill_budget(4, most=512, least=32) == 32
-    assert learned(0.001, 1e-6, mixed=False).prefill_budget(4, most=512, least=32) == 512
+    assert cost.prefill_budget(4, 512, 32, DECODE_TARGET_S) == 32
+    assert learned(0.001, 1e-6, mixed=False).prefill_budget(4, 512, 32, DECODE_TARGET_S) == 512
 
 
 def test_one_slow_step_is_forgotten_where_every_step_has_prompts() -> None:
     cost = learned(0.020, 0.002, mixed=True)
-    usual = cost.prefill_budget(4, most=512, least=32)
+    usual = cost.prefill_budget(4, 512, 32, DECODE_TARGET_S)
     cost.observe(4, 0, 2.0)
-    assert cost.prefill_budget(4, most=512, least=32) == 32
+    assert cost.prefill_budget(4, 512, 32, DECODE_TARGET_S) == 32
     for _ in range(60):
         cost.observe(4, 50, 0.120)
-    assert cost.prefill_budget(4, most=512, least=32) > usual / 2
+    assert cost.prefill_budget(4, 512, 32, DECODE_TARGET_S) > usual / 2
+
+
+def test_streams_per_step_are_limited_where_they_are_what_takes_the_time() -> None:
+    cost = StepCost()
+    assert cost.decodes_within(DECODE_TARGET_S) > 1000
+    for streams in range(10, 74):
+        cost.observe(streams, 16 * (streams % 3), 0.020 + 0.004 * streams + 0.032 * (streams % 3))
+    assert abs(cost.decodes_within(DECODE_TARGET_S) - 25) <= 1
+    for _ in range(200):
+        cost.observe(25, 0, 0.120)
+    assert abs(cost.decodes_within(DECODE_TARGET_S) - 25) <= 1, (
+        "what was learned holds while nothing varies"
+    )
+
+
+def test_no_stream_is_left_out_where_a_step_takes_long_by_itself() -> None:
+    cost = StepCost()
+    for streams in range(10, 74):
+        cost.observe(streams, 0, 0.500 + 0.004 * streams)
+    assert cost.decodes_within(DECODE_TARGET_S) > 1000

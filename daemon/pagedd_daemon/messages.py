@@ -49,11 +49,33 @@ class Configure:
 
 
 @dataclass(frozen=True, slots=True)
+class App:
+    """Who an app is and what holds for it: before its first `Submit` while it has none live, and
+    again when its settings change. The engine forgets it with its last request."""
+
+    key: str
+    """What `Submit` and the figures call it."""
+    uid: int
+    scope: str
+    """Control group or executable of its process; ``""`` if unknown."""
+    name: str
+    weight: float
+    max_running: int
+    """Requests that run at the same time; 0 for any number."""
+    kv_floor_tokens: int
+    kv_ceiling_tokens: int
+    """Of the first tier, for its namespace; 0 for none."""
+    root: bytes
+    """Its namespace's salt, as in `Submit`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """A request, valid in every respect the front can check."""
 
     rid: int
     app: str
+    """`App.key`."""
     klass: int
     """`kvpager.types.PriorityClass`."""
     root: bytes
@@ -216,5 +238,5 @@ class Snapshot:
     figures: dict[str, Any]
 
 
-ToEngine = Configure | Submit | Cancel | Finish | Pause | Unpause | AskSnapshot | Shutdown
+ToEngine = Configure | App | Submit | Cancel | Finish | Pause | Unpause | AskSnapshot | Shutdown
 ToFront = Loading | Ready | Failed | StepReport | Snapshot

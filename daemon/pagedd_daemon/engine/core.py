@@ -8,19 +8,21 @@ step and returns its report. There is no I/O and no waiting beside the backend's
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import numpy as np
 
-from kvpager.types import PriorityClass
+from kvpager.types import PriorityClass, SetQuota
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend, Handle, Step, StepFaultError, StepResult
+from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.outbox import HOLD_S, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.snapshot import Totals, snapshot
+from pagedd_daemon.engine.turns import AppPolicy
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState
 from pagedd_daemon.params import SamplingParams, StopParams
 
@@ -35,6 +37,10 @@ class Engine:
         self._pool = Pool(backend)
         self._scheduler = Scheduler(self._pool, self._caps)
         self._requests: dict[int, Request] = {}
+        self._live: Counter[str] = Counter()
+        """Requests by app."""
+        self._quotas: dict[str, bytes] = {}
+        """Root of each app whose namespace has a quota."""
         self._depth = 2 if self._caps.asynchronous else 1
         """Steps in flight at most."""
         self._flights: deque[tuple[Step, Handle]] = deque()
@@ -51,6 +57,8 @@ class Engine:
         match message:
             case m.Submit():
                 self._submit(message)
+            case m.App():
+                self._tell_app(message)
             case m.Cancel(rid=rid):
                 if request := self._requests.get(rid):
                     for index in sorted(request.open_samples):
@@ -95,7 +103,14 @@ class Engine:
     def snapshot(self) -> m.Snapshot:
         """The engine's figures now."""
         return m.Snapshot(
-            snapshot(self._pool.pager, self._scheduler, self._backend, self._totals, self._steps)
+            snapshot(
+                self._pool.pager,
+                self._scheduler,
+                self._backend,
+                self._totals,
+                self._steps,
+                self._clock(),
+            )
         )
 
     # ---------------------------------------------------------------------------------------- step
@@ -237,6 +252,7 @@ class Engine:
             open_samples=set(range(message.n)),
         )
         self._requests[request.rid] = request
+        self._live[request.app] += 1
         if len(prompt) >= self._caps.context_tokens:
             self._reject(
                 request,
@@ -288,6 +304,24 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.rid]
+        app = request.app
+        self._live[app] -= 1
+        if not self._live[app]:
+            del self._live[app]
+            self._scheduler.turns.forget(app)
+            root = self._quotas.pop(app, None)
+            if root is not None and root not in self._quotas.values():
+                self._pool.handle(SetQuota(root))
+
+    def _tell_app(self, app: m.App) -> None:
+        block, root = self._caps.block_tokens, self._root(app.root)
+        floor, ceiling = -(-app.kv_floor_tokens // block), app.kv_ceiling_tokens // block
+        policy = AppPolicy(AppId(app.uid, app.scope, app.name), app.weight, app.max_running, floor)
+        self._scheduler.turns.tell(app.key, policy)
+        if floor or ceiling or app.key in self._quotas:
+            self._quotas[app.key] = root
+            self._pool.handle(SetQuota(root, floor, ceiling))
+        self._scheduler.wake()
 
     def _say(self, say: Callable[[m.StepReport], None], *, everything: bool = False) -> None:
         """Say what there is to say, ``everything`` or what is due."""

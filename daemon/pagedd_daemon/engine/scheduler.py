@@ -29,6 +29,7 @@ from kvpager.types import (
     Preempt,
     Preempted,
     Pressure,
+    PriorityClass,
     Reserve,
     Reserved,
     Resume,
@@ -40,10 +41,12 @@ from kvpager.types import (
     Truncate,
 )
 from pagedd_daemon.backends.base import PENDING, Capabilities, Draw, Run, Step
+from pagedd_daemon.engine.pace import Pace
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.engine.stepcost import StepCost
 from pagedd_daemon.engine.stretch import Stretch, steps_ahead
+from pagedd_daemon.engine.turns import Candidate, Turns
 from pagedd_daemon.engine.work import (
     Request,
     Sequence,
@@ -52,10 +55,8 @@ from pagedd_daemon.engine.work import (
     WaitingQueue,
 )
 
-_MOST_SHARERS = 16
-"""Requests asked per step that turn out to wait for a prefix in flight."""
-_OTHERS_MAY_PASS = (DeferReason.PREFIX_IN_FLIGHT, DeferReason.POOL, DeferReason.QUOTA)
-"""What keeps a request waiting and no room from those behind it."""
+_TOO_LARGE = (DeferReason.POOL, DeferReason.QUOTA)
+"""What keeps a sequence out for itself, whatever room others leave."""
 _LEAST_CHUNK = 32
 """Prompt tokens of a step at least: llama.cpp computes chunks of 64 at full speed, 32 at 85 %."""
 _ROOM_TOKENS = 256
@@ -71,8 +72,12 @@ class Scheduler:
         self._pool = pool
         self._caps = capabilities
         self._waiting = WaitingQueue()
+        self.turns = Turns(pool.pager)
+        """Whose turn it is, wherever more ask than there is room for."""
         self._sequences: dict[int, Sequence] = {}
         self._preempted: list[Sequence] = []
+        self._evicted: set[int] = set()
+        """Paged out since the decodes of this plan got their room."""
         self._next_seq = 0
         self._epoch = 0
         self._flights: deque[list[tuple[Sequence, int]]] = deque()
@@ -93,7 +98,7 @@ class Scheduler:
     # -------------------------------------------------------------------------- what may happen
 
     def add(self, request: Request) -> None:
-        """Queue a request behind those of its class."""
+        """Queue a request behind those of its app and class."""
         self._waiting.add(request)
         self.wake()
 
@@ -129,6 +134,7 @@ class Scheduler:
         self._pool.handle(Fork(parent.seq, tuple(child.seq for child in children)))
         for child in children:
             child.computed = parent.computed
+            child.charged = parent.charged
             self._sequences[child.seq] = child
             request.sequences[child.index] = child
         return children
@@ -138,6 +144,7 @@ class Scheduler:
         self._end_stretch()
         known = len(sequence.tokens)
         keep = known if keep_tokens is None else min(keep_tokens, known)
+        self.turns.overrun(sequence.request, known - keep)
         if keep < sequence.computed:
             if sequence.state in (SequenceState.RUNNING, SequenceState.LEAVING):
                 self._settle(self._pool.handle(Truncate(sequence.seq, keep)))
@@ -166,7 +173,7 @@ class Scheduler:
         return self._sequences.values()
 
     def queued(self) -> Iterable[Request]:
-        """The waiting requests, in the order they will be admitted."""
+        """The waiting requests, by class."""
         return iter(self._waiting)
 
     # ------------------------------------------------------------------------------------- a step
@@ -177,16 +184,21 @@ class Scheduler:
         It is in flight from now on, until `retire` or `fail`.
         """
         if self._stretch is not None:
-            self._flights.append(self._stretch.parts)
-            return self._stretch.next_step()
+            return self._stretch_step(self._stretch)
         self.settle()
+        self.turns.survey(self._waiting, self._sequences.values(), now)
         self._give_way()
         decodes = [s for s in self._sequences.values() if s.decodes]
+        pace = self.turns.pace(self._sequences.values(), now)
+        decodes = self.turns.decoding(decodes, pace, self.cost.decodes_within(pace.decode_s))
         ready, pressed = self._make_room(decodes)
-        if not pressed:
-            self._resume()
-            self._admit(now)
-        chunks = self._chunks(len(ready))
+        self._evicted.clear()
+        self._let_in(now, pressed=pressed)
+        # Whoever was paged out, and perhaps came back at once, has lost the room it had.
+        ready = [s for s in ready if s.runs and s.seq not in self._evicted]
+        pace = self.turns.pace(self._sequences.values(), now)  # newcomers may be in a hurry
+        ready = self.turns.decoding(ready, pace, self.cost.decodes_within(pace.decode_s))
+        chunks = self._chunks(ready, pace)
         if not ready and not chunks:
             return None
         if ready and not chunks and (ahead := self._room_ahead(ready)) > 1:
@@ -212,6 +224,7 @@ class Scheduler:
     def retire(self, step: Step, seconds: float) -> None:
         """The oldest step in flight is done: its tokens are in the pool."""
         parts = self._flights.popleft()
+        self.turns.retired()
         if self._stretch is not None:
             self.cost.observe(len(step.runs), 0, seconds)
             if self._stretch.step_done():
@@ -220,6 +233,8 @@ class Scheduler:
         for run, (sequence, _) in zip(step.runs, parts, strict=True):
             if run.draws and sequence.drawing:
                 sequence.drawing -= 1  # a later step in flight may be drawing, too
+            if run.draws and sequence.state is SequenceState.ENDED:
+                self.turns.overrun(sequence.request, len(run.draws))
         tokens = tuple(
             _inputs(run, sequence) for run, (sequence, _) in zip(step.runs, parts, strict=True)
         )
@@ -238,6 +253,7 @@ class Scheduler:
         So does, for them, a later step that was launched upon it. Returns them.
         """
         parts = self._flights.popleft()
+        self.turns.failed()
         for run, (sequence, _) in zip(step.runs, parts, strict=True):
             sequence.computed = min(sequence.computed, run.start)
             sequence.drawing = 0
@@ -266,8 +282,13 @@ class Scheduler:
         self._announce_step([(s, steps) for s in ready])
         first = Step(self._epoch, [self._run(sequence, 1) for sequence in ready])
         self._stretch = Stretch(first, ready, steps)
-        self._flights.append(self._stretch.parts)
-        return self._stretch.next_step()
+        return self._stretch_step(self._stretch)
+
+    def _stretch_step(self, stretch: Stretch) -> Step:
+        self._flights.append(stretch.parts)
+        step = stretch.next_step()
+        self.turns.charge(step, [sequence for sequence, _ in stretch.parts])
+        return step
 
     def _end_stretch(self) -> None:
         """Tell the pager what the stretch has computed, all of it or not."""
@@ -308,10 +329,9 @@ class Scheduler:
         """The pool has shrunk below what runs: page out the least important until the rest fits."""
         while self._shrunk and self._pool.pager.excess() and not self._somebody_leaves():
             running = [s for s in self._sequences.values() if s.removable]
-            chosen = self._pool.pager.choose_victim([s.seq for s in running])
             if not running:
                 return
-            self._page_out(running[-1] if chosen is None else self._sequences[chosen])
+            self._page_out(self._choose(self.turns.victims(running)) or running[-1])
             self._settle(self._pool.settle())
 
     def _page_out(self, victim: Sequence) -> None:
@@ -325,7 +345,8 @@ class Scheduler:
         return any(s.state is SequenceState.LEAVING for s in self._sequences.values())
 
     def _victim(self, asking: Sequence, *, must: bool) -> Sequence | None:
-        """Whom to page out: a paused one (its client does not read), else the pager's choice.
+        """Whom to page out: a paused one (its client does not read), else by turn and by the
+        pager's choice.
 
         The pager spares whoever was just resumed. With ``must`` nobody else could go on either, so
         then the newest other one is taken; if there is none, ``asking`` is stranded.
@@ -336,10 +357,9 @@ class Scheduler:
             running = [s for s in running if s.request.root == asking.request.root]
             must = must or (running == [asking] and not self._flights)
         paused = [s for s in running if s.request.paused]
-        chosen = self._pool.pager.choose_victim([s.seq for s in (paused or running)])
         others = [s for s in running if s is not asking]
-        if chosen is not None and others:
-            return self._sequences[chosen]
+        if others and (chosen := self._choose(self.turns.victims(paused or running))):
+            return chosen
         if others and must:
             return others[-1]
         if must and self._shrunk and asking.seq not in self._at_ceiling:
@@ -348,56 +368,77 @@ class Scheduler:
             self.stranded.append(asking)
         return None
 
-    def _resume(self) -> None:
-        """Bring back paged-out sequences: the most important class first, then the oldest request.
+    def _choose(self, groups: Iterable[list[int]]) -> Sequence | None:
+        """The pager's choice in the first group in which it has one."""
+        for group in groups:
+            removable = [seq for seq in group if self._sequences[seq].removable]
+            chosen = self._pool.pager.choose_victim(removable)
+            if chosen is not None:
+                return self._sequences[chosen]
+        return None
+
+    def _let_in(self, now: float, *, pressed: bool) -> None:
+        """Bring back paged-out sequences and let waiting requests in, by turn, while their whole
+        texts fit.
+
+        Asking costs a hash of the prompt, so after a refusal no request is asked again before
+        something has changed: an end, a transfer, a computed chunk, a newcomer, a quantum of work.
+        """
+        ask = self._changed or (self.waiting > 0 and self.turns.due())
+        if not (self._preempted or (ask and self.waiting)):
+            return
+        if not pressed:
+            self._changed = False
+        walk = self.turns.walk(self._waiting, self._preempted, ask=ask, pressed=pressed)
+        while (candidate := walk.next()) is not None:
+            refusal = self._try(candidate, now)
+            if refusal is not None and self._page_out_for(candidate, refusal, now):
+                refusal = None
+            walk.answer(refusal)
+
+    def _try(self, candidate: Candidate, now: float) -> Deferred | None:
+        if isinstance(candidate, Request):
+            return self._try_admit(candidate, now)
+        return self._try_resume(candidate)
+
+    def _page_out_for(self, candidate: Candidate, refusal: Deferred, now: float) -> bool:
+        """Make room for somebody who must not wait for it; whether that let it in.
+
+        First those whose clients do not read. Then, while that helps, who yields to it.
+        """
+        if refusal.reason is DeferReason.PREFIX_IN_FLIGHT:
+            self._page_out_paused(computing=True)
+        if refusal.reason not in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
+            return False
+        request = candidate if isinstance(candidate, Request) else candidate.request
+        self._page_out_paused()
+        running = [s for s in self._sequences.values() if s.removable]
+        groups = self.turns.yielding(request, running, refusal)
+        while True:
+            if self._pool.transfers_in_flight or self._somebody_leaves():
+                return False  # room may be on its way already
+            victim = self._choose(groups)
+            if victim is None:
+                return False
+            self.turns.paged_out(victim.request, request)
+            self._page_out(victim)
+            self._settle(self._pool.settle())
+            self._changed = True
+            if self._try(candidate, now) is None:
+                return True
+
+    def _try_resume(self, sequence: Sequence) -> Deferred | None:
+        """Bring a sequence back, or say what is in its way.
 
         The samples of one request come back together, or wait until the first of them has computed
         the prompt they share again; nobody younger overtakes them meanwhile for want of room.
         """
-        order = sorted(self._preempted, key=lambda s: (s.request.klass, s.request.rid, s.seq))
-        for sequence in order:
-            if sequence.request.paused or sequence.state is not SequenceState.PREEMPTED:
-                continue
-            verdicts = self._pool.handle(Resume(sequence.seq))
-            self._settle(verdicts)
-            reasons = {v.reason for v in verdicts if isinstance(v, Deferred)}
-            if DeferReason.PREFIX_IN_FLIGHT in reasons:
-                self._page_out_paused(computing=True)
-            if reasons & {DeferReason.POOL, DeferReason.QUOTA}:
-                sequence.request.outgrown = True
-                continue
-            sequence.request.outgrown = False
-            if reasons - {DeferReason.PREFIX_IN_FLIGHT, DeferReason.TRANSFER}:
-                self._page_out_paused()
-                break
-
-    def _admit(self, now: float) -> None:
-        """Let waiting requests in, in order, while their whole prompts fit.
-
-        Asking costs a hash of the prompt, so after a refusal nobody asks again before something
-        has changed: an end, a transfer, a computed chunk, a newcomer.
-        """
-        if not self._changed:
-            return
-        self._changed = False
-        coming_back = [
-            s.request.klass for s in self._preempted if not (s.request.paused or s.request.outgrown)
-        ]
-        most_important = min(coming_back, default=None)
-        sharers = 0
-        for request in self._waiting:
-            if most_important is not None and request.klass >= most_important:
-                return
-            if request.paused:
-                continue
-            blocked = self._try_admit(request, now)
-            sharers += blocked in _OTHERS_MAY_PASS
-            if blocked is DeferReason.PREFIX_IN_FLIGHT:
-                self._page_out_paused(computing=True)
-            if blocked in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
-                self._page_out_paused()
-            if sharers > _MOST_SHARERS or blocked not in (None, *_OTHERS_MAY_PASS):
-                return
+        verdicts = self._pool.handle(Resume(sequence.seq))
+        self._settle(verdicts)
+        refusals = (v for v in verdicts if isinstance(v, Deferred) and v.seq == sequence.seq)
+        refusal = next(refusals, None)
+        sequence.request.outgrown = refusal is not None and refusal.reason in _TOO_LARGE
+        return refusal
 
     def _page_out_paused(self, *, computing: bool = False) -> None:
         """Somebody waits for room: take it from sequences whose clients do not read.
@@ -411,7 +452,7 @@ class Scheduler:
                 self._page_out(sequence)
                 self._changed = True
 
-    def _try_admit(self, request: Request, now: float) -> DeferReason | None:
+    def _try_admit(self, request: Request, now: float) -> Deferred | None:
         """Admit one request, or say what is in its way."""
         seq = self._take_id()
         verdicts = self._pool.handle(
@@ -426,7 +467,7 @@ class Scheduler:
         )
         for verdict in verdicts:
             if isinstance(verdict, Deferred):
-                return verdict.reason
+                return verdict
             if isinstance(verdict, Denied):
                 self._waiting.remove(request)
                 self.denied.append((request, verdict))
@@ -444,7 +485,7 @@ class Scheduler:
         self._sequences[seq] = sequence
         self._settle(verdicts)
         request.started_s = now
-        request.cached_tokens = sequence.computed
+        request.cached_tokens = sequence.charged = sequence.computed
         request.sequences[0] = sequence
         self.started.append(request)
         return None
@@ -453,22 +494,29 @@ class Scheduler:
         self._next_seq += 1
         return self._next_seq
 
-    def _chunks(self, decodes: int) -> list[tuple[Sequence, int]]:
-        """Chunks of prompts for this step, oldest first, whole blocks where a prompt goes on."""
+    def _chunks(self, ready: list[Sequence], pace: Pace) -> list[tuple[Sequence, int]]:
+        """Chunks of prompts for this step, by turn, whole blocks where a prompt goes on."""
         block = self._caps.block_tokens
-        most = self._caps.max_step_tokens - decodes
-        budget = self.cost.prefill_budget(decodes, most, least=min(_LEAST_CHUNK, most))
+        most = self._caps.max_step_tokens - len(ready)
+        least = min(_LEAST_CHUNK, most)
+        budget = self.cost.prefill_budget(len(ready), most, least, pace.step_s)
+        whole = self.cost.prefill_budget(len(ready), most, least, pace.whole_s)
         wanted: list[tuple[Sequence, int]] = []
-        for sequence in self._sequences.values():
-            if budget <= 0:
+        # Where the step brings an interactive app its first token, nobody else's prompt delays it.
+        answered = PriorityClass.BACKGROUND
+        for sequence, at_most in self.turns.prefilling(self._sequences.values(), ready):
+            klass = sequence.request.klass
+            if budget <= 0 or klass > answered:
                 break
-            if sequence.decodes or sequence.computable <= 0 or not sequence.runs:
-                continue
-            count = min(sequence.computable, budget)
+            if not wanted and sequence.computable <= whole:
+                budget = max(budget, sequence.computable)
+            count = min(sequence.computable, budget, at_most)
             if count < sequence.pending and count > block:
                 count -= (sequence.computed + count) % block
             wanted.append((sequence, count))
             budget -= count
+            if count == sequence.pending and klass is PriorityClass.INTERACTIVE:
+                answered = klass
         if not wanted:
             return []
         short = self._reserve([s for s, _ in wanted], [n for _, n in wanted])
@@ -498,6 +546,7 @@ class Scheduler:
         for run, (sequence, count) in zip(step.runs, parts, strict=True):
             sequence.computed += count
             sequence.drawing += bool(run.draws)
+        self.turns.charge(step, [sequence for sequence, _ in parts])
         return step
 
     def _announce_step(self, parts: list[tuple[Sequence, int]]) -> None:
@@ -543,6 +592,7 @@ class Scheduler:
                     sequence = self._sequences[seq]
                     sequence.state, sequence.until = SequenceState.PREEMPTED, -1
                     self._preempted.append(sequence)
+                    self._evicted.add(seq)
                 case _:
                     pass
 

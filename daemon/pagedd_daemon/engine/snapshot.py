@@ -9,8 +9,9 @@ Keys::
     steps      steps since start
     tokens     {prompt, cached, generated} of requests since start; computed prompt tokens are
                prompt - cached
-    apps       name -> {running, waiting, kv_gpu_tokens, kv_ram_tokens, kv_disk_tokens,
-               prompt_tokens, cached_tokens, generated_tokens}
+    apps       key -> {running, waiting, kv_gpu_tokens, kv_ram_tokens, kv_disk_tokens,
+               prompt_tokens, cached_tokens, generated_tokens,
+               share: of all that was charged in the last ten seconds, 0 to 1}
     pager      {stored_pages, loaded_pages, copied_blocks, preemptions_swap, preemptions_recompute}
     memory     {weights, kv_pool, ram_tier}, bytes
     backend    what the backend counts (`Backend.counters`)
@@ -49,7 +50,12 @@ class Totals:
 
 
 def snapshot(
-    pager: Pager, scheduler: Scheduler, backend: Backend, totals: Totals, steps: int
+    pager: Pager,
+    scheduler: Scheduler,
+    backend: Backend,
+    totals: Totals,
+    steps: int,
+    now: float,
 ) -> dict[str, Any]:
     """The map that the module's docstring describes."""
     stats = pager.stats()
@@ -74,7 +80,7 @@ def snapshot(
         },
         "steps": steps,
         "tokens": {key: sum(counts[key] for counts in totals.apps.values()) for key in _APP_KEYS},
-        "apps": _apps(scheduler, totals),
+        "apps": _apps(scheduler, totals, now),
         "pager": {
             "stored_pages": stats.stored_pages,
             "loaded_pages": stats.loaded_pages,
@@ -96,10 +102,10 @@ def _tier(usage: TierUsage) -> dict[str, int]:
     }
 
 
-def _apps(scheduler: Scheduler, totals: Totals) -> dict[str, dict[str, int]]:
-    apps: dict[str, dict[str, int]] = {}
+def _apps(scheduler: Scheduler, totals: Totals, now: float) -> dict[str, dict[str, Any]]:
+    apps: dict[str, dict[str, Any]] = {}
 
-    def entry(name: str) -> dict[str, int]:
+    def entry(name: str) -> dict[str, Any]:
         if name not in apps:
             counts = totals.apps[name]
             apps[name] = {
@@ -109,6 +115,7 @@ def _apps(scheduler: Scheduler, totals: Totals) -> dict[str, dict[str, int]]:
                 "kv_ram_tokens": 0,
                 "kv_disk_tokens": 0,
                 **{f"{key}_tokens": counts[key] for key in _APP_KEYS},
+                "share": round(scheduler.turns.share(name, now), 4),
             }
         return apps[name]
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-DECODE_TARGET_S = 0.120
-"""A step in which somebody decodes should not take longer: eight tokens a second, about reading
-speed. On two cores and a 135M model that is a chunk of some 40 prompt tokens."""
-PREFILL_TARGET_S = 0.250
-"""A step without decodes: the longest a cancel or a newcomer has to wait."""
+import math
+import sys
+from collections import deque
+
+import numpy as np
+
+_LEAST_DECODES = 8
+"""Streams that decode in every step, however slow the machine."""
+_FIT_STEPS, _FIT_EVERY = 64, 16
+"""Steps that the share of one stream in a step's time is learned from, and how often."""
 _WEIGHT = 0.2
 """Of the newest observation in the running mean."""
 
@@ -21,9 +26,17 @@ class StepCost:
     def __init__(self) -> None:
         self._decode_s = 0.0
         self._per_token_s = 0.0
+        self._seen: deque[tuple[int, int, float]] = deque(maxlen=_FIT_STEPS)
+        self._observed = 0
+        self._fixed_s = self._per_decode_s = self._fit_token_s = 0.0
+        """Of the last fit."""
 
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
         """Learn from a step that has retired."""
+        self._seen.append((decodes, prefill_tokens, seconds))
+        self._observed += 1
+        if self._observed % _FIT_EVERY == 0:
+            self._fit()
         if prefill_tokens == 0:
             self._decode_s = _smooth(self._decode_s, seconds)
             return
@@ -35,15 +48,40 @@ class StepCost:
             rest = seconds - self._per_token_s * prefill_tokens
             self._decode_s = _smooth(self._decode_s, max(rest, 0.0))
 
-    def prefill_budget(self, decodes: int, most: int, least: int) -> int:
-        """Prompt tokens the next step may compute beside ``decodes`` decoding sequences.
+    def prefill_budget(self, decodes: int, most: int, least: int, target_s: float) -> int:
+        """Prompt tokens the next step may compute beside ``decodes`` decoding sequences, to take
+        about ``target_s`` seconds.
 
         At most ``most``; at least ``least``, so that prompts always advance.
         """
         if self._per_token_s == 0.0:
             return min(most, 4 * least)
-        target = DECODE_TARGET_S - self._decode_s if decodes else PREFILL_TARGET_S
-        return min(most, max(least, int(target / self._per_token_s)))
+        rest, per_token_s = target_s - self._decode_s if decodes else target_s, self._per_token_s
+        if self._per_decode_s > 0.0 and self._fit_token_s > 0.0:
+            # Where the number of streams varies, the running means mix up what belongs to whom.
+            rest = target_s - self._fixed_s - decodes * self._per_decode_s
+            per_token_s = max(self._fit_token_s, per_token_s / 4)
+        return min(most, max(least, int(rest / per_token_s)))
+
+    def decodes_within(self, target_s: float) -> int:
+        """Streams that can decode in one step within ``target_s``, at least `_LEAST_DECODES`.
+
+        Any number until it is known what one of them costs, and where most of a step's time does
+        not depend on how many there are: leaving some out would gain nobody much.
+        """
+        if self._per_decode_s <= 0.0 or self._fixed_s > target_s / 2 or math.isinf(target_s):
+            return sys.maxsize
+        return max(_LEAST_DECODES, int((target_s - self._fixed_s) / self._per_decode_s))
+
+    def _fit(self) -> None:
+        """Least squares over ``seconds = fixed + a x decodes + b x prefill tokens``."""
+        decodes, tokens, seconds = np.array(self._seen, dtype=np.float64).T
+        if np.ptp(decodes) < 2:
+            return  # the same streams all along: nothing to learn of what one costs
+        terms = np.stack([np.ones_like(decodes), decodes, tokens], axis=1)
+        fixed, per_decode, per_token = np.linalg.lstsq(terms, seconds, rcond=None)[0]
+        self._fixed_s = max(0.0, float(fixed))
+        self._per_decode_s, self._fit_token_s = float(per_decode), float(per_token)
 
     @property
     def prefill_tokens_per_s(self) -> float:

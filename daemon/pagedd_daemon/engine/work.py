@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,6 +9,7 @@ from enum import Enum
 import numpy as np
 
 from kvpager.types import PriorityClass, Tokens
+from pagedd_daemon.engine.fairness import Flow
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.params import SamplingParams, StopParams
 
@@ -83,6 +83,10 @@ class Request:
     open_samples: set[int] = field(default_factory=set)
     sequences: dict[int, Sequence] = field(default_factory=dict)
     """Live sequences by sample index."""
+    flow: Flow | None = None
+    """Its app and class, once the scheduler has asked whose it is."""
+    bypassed: int = 0
+    """Requests of its class that came in past it while it lacked room."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +110,10 @@ class Sequence:
     until: int = -1
     """Tokens from this position on are being loaded while those before it are computed; -1: none
     (`kvpager.types.Admitted.until`)."""
+    charged: int = 0
+    """Prompt tokens its app was charged for, cached ones before them included."""
+    stepped: int = 0
+    """Epoch of the last step it was in."""
 
     @property
     def computable(self) -> int:
@@ -148,27 +156,45 @@ class Sequence:
 
 
 class WaitingQueue:
-    """Requests that have not begun: by class, and in order of arrival within one."""
+    """Requests that have not begun: by class and app, in order of arrival within an app."""
 
     def __init__(self) -> None:
-        self._queues: dict[PriorityClass, deque[Request]] = {k: deque() for k in PriorityClass}
+        self._lines: dict[tuple[PriorityClass, str], dict[int, Request]] = {}
+        """Requests by their number; dictionaries keep the order of arrival."""
+        self._length = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return self._length
 
     def __iter__(self) -> Iterator[Request]:
-        """In the order of service; the queue may change meanwhile."""
-        for queue in self._queues.values():
-            yield from tuple(queue)
+        """Class by class, app by app; the queue may change meanwhile."""
+        for key in sorted(self._lines, key=lambda key: key[0]):
+            yield from tuple(self._lines.get(key, {}).values())
+
+    def lines(self) -> Iterator[tuple[Request, ...]]:
+        """The requests of each app in each class, oldest first."""
+        for line in tuple(self._lines.values()):
+            yield tuple(line.values())
+
+    def heads(self) -> Iterator[Request]:
+        """Of each app in each class, the oldest request whose client reads."""
+        for line in self._lines.values():
+            head = next((request for request in line.values() if not request.paused), None)
+            if head is not None:
+                yield head
 
     def add(self, request: Request) -> None:
-        """Behind those of its class."""
-        self._queues[request.klass].append(request)
+        """Behind those of its app and class."""
+        self._lines.setdefault((request.klass, request.app), {})[request.rid] = request
+        self._length += 1
 
     def remove(self, request: Request) -> bool:
         """Take it out; False if it is not waiting."""
-        try:
-            self._queues[request.klass].remove(request)
-        except ValueError:
+        key = (request.klass, request.app)
+        line = self._lines.get(key, {})
+        if line.pop(request.rid, None) is None:
             return False
+        self._length -= 1
+        if not line:
+            del self._lines[key]
         return True
