@@ -26,6 +26,7 @@ from pagedd_daemon.backends.base import (
 )
 from pagedd_daemon.backends.paged.backend import LEAST_PIECE_TOKENS, PagedBackend, cut
 from pagedd_daemon.backends.paged.load import Wishes, serve
+from pagedd_daemon.backends.paged.warmup import warm_up
 from pagedd_daemon.engine.sampler import Sampler, draw
 from pagedd_daemon.models.decoder import Decoder
 from pagedd_daemon.params import SamplingParams, StopParams
@@ -394,3 +395,13 @@ def test_the_pool_is_as_large_as_asked_and_the_context_no_larger_than_it() -> No
         assert (caps.gpu_blocks, caps.context_tokens, caps.kv_dtype) == (10, 144, "f32")
         assert caps.notice
         assert backend.memory().kv_pool == 11 * caps.block_bytes
+
+
+def test_warming_up_draws_in_every_way_and_leaves_the_backend_as_it_was(model: Decoder) -> None:
+    with closing(tiny_backend(model)) as backend:
+        warm_up(backend, (1, 3), (40,))
+        driver = Driver(backend)
+        driver.admit(1, prompt(1, 40))
+        driver.prefill(1)
+        driver.generate([1], 5)
+        driver.check(1, Plain(model).judge)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pagedd_daemon.backends.paged.device_memory import DeviceRange
+
 log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 64 << 20
@@ -121,19 +123,6 @@ class PlainArena:
         self.kv = torch.empty(0)
 
 
-class _Range:
-    """Device memory as an object that torch can view."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
-            "version": 3,
-        }
-
-
 class VirtualArena:
     """A pool over CUDA virtual memory (CUDA driver API, "Virtual Memory Management")."""
 
@@ -165,7 +154,7 @@ class VirtualArena:
         if not self._handles:
             self.close()
             raise ArenaMemoryError(f"no {self._segment} bytes of device memory are free")
-        self._raw = torch.as_tensor(_Range(self._address, self._size), device=device)
+        self._raw = torch.as_tensor(DeviceRange(self._address, self._size), device=device)
         assert self._raw.data_ptr() == self._address
         self._raw[: len(self._handles) * self._segment].zero_()
         values = self._raw[:whole].view(shape.dtype)

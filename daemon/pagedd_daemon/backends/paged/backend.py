@@ -111,6 +111,8 @@ class PagedBackend:
         self._results = deque(self._make_results() for _ in range(STEPS_IN_FLIGHT + 1))
         self._layouts: dict[StepShape, Layout] = {}
         self._pending: dict[int, int] = {}
+        self._begun: torch.cuda.Event | None = None
+        self._weight_bytes = model.weight_bytes
         self._piece_tokens = caps.max_step_tokens
         self._closed = False
 
@@ -177,7 +179,7 @@ class PagedBackend:
 
     def memory(self) -> MemoryReport:
         """See `Backend`."""
-        return MemoryReport(self._model.weight_bytes, self._arena.bytes, self._ram.bytes)
+        return MemoryReport(self._weight_bytes, self._arena.bytes, self._ram.bytes)
 
     def counters(self) -> dict[str, int]:
         """See `Backend`; for people who measure.
@@ -209,8 +211,7 @@ class PagedBackend:
         begin = time.perf_counter()
         self._results.rotate(-1)
         results = self._results[0]
-        if results.begun is not None:
-            results.begun.record()
+        self._begun = results.begun
         draws: list[Draw] = []
         scored: list[_Scored] = []
         self._compute(step.runs, draws, scored)
@@ -273,6 +274,9 @@ class PagedBackend:
         asked = [(row, draw) for row, at in enumerate(filled.drawing) for draw in runs[at].draws]
         wanted = [Wanted(row, draw.sampler, filled.ahead[row]) for row, draw in asked]
         staged = stage(wanted, self._counts, buffer.bytes, end)
+        if self._begun is not None:
+            self._begun.record()
+            self._begun = None
         buffer.copy_to(self._runner.inputs, staged.end)
         logits = self._runner.run(where, filled.max_query, filled.max_context)
         if not wanted:

@@ -193,7 +193,7 @@ def serve(
     backend = PagedBackend(model, arena, ram, caps, runner, limits, buckets, counter)
     if counter is not None:
         most = min(caps.max_step_tokens, caps.context_tokens)
-        warm_up(backend, (1, 2, 16, MOST_SEQUENCES), (most, min(most, 600)))
+        warm_up(backend, (1, 16, MOST_SEQUENCES), (most, min(most, 600)))
         counter.reset()
     return backend
 

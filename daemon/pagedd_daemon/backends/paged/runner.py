@@ -13,14 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pagedd_daemon.backends.paged.device_memory import borrowed
 from pagedd_daemon.backends.paged.layout import Layout, StepShape, layout
 from pagedd_daemon.backends.paged.staging import device_arrays
 from pagedd_daemon.models.config import ModelConfig
 from pagedd_kernels import StepBatch
 from pagedd_kernels.inputs import resolve_tokens, unpack_tables
 
-SAMPLING_BYTES_PER_ROW = 12 << 10
-"""Room for what a draw is told: 1,024 biases of 8 bytes, some hundred masked ids, and a line of
+SAMPLING_BYTES_PER_ROW = 13 << 10
+"""Room for what a draw is told: up to 1,024 biases of 8 bytes and as many masked ids, and a line of
 numbers."""
 
 
@@ -127,7 +128,9 @@ class Runner:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         logits = self._compute(where, most, self._limits.context_tokens)
         graph.capture_end()
-        self._graphs[shape] = _Graph(graph, logits)
+        # Logits of all buckets would be more than a gigabyte. Their memory is the pool's, and the
+        # next graph may have it: whoever draws from them does so before that one runs.
+        self._graphs[shape] = _Graph(graph, borrowed(logits))
 
     def rehearse(self, tokens: int) -> None:
         """Compute a step of padding, larger than every graph: what it needs is compiled and

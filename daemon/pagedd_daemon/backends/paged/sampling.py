@@ -21,6 +21,8 @@ from pagedd_daemon.backends.paged.layout import ALIGNMENT
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_kernels import Penalties, SampleParams, fill_counts
 
+WIDTHS = (8, 128, 1024)
+"""Columns of biases and masks: an end of generation or two, a list, the most there may be."""
 _LEAST_ROWS = 16
 """Rows of the table of counts to begin with: 8 MB with a vocabulary of 128,256."""
 
@@ -188,11 +190,10 @@ def stage(
         draws = [one.sampler.uniform(one.ahead) for one in wanted]
         columns.put("temperature", np.array([p.temperature for p in params], np.float32))
         columns.put("uniform", np.array(draws, np.float64))
-        if any(p.top_k for p in params):
+        # All three or none: each combination would be a kernel to compile at start.
+        if any(p.top_k or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
             columns.put("top_k", np.array([p.top_k for p in params], np.int32))
-        if any(p.top_p < 1.0 for p in params):
             columns.put("top_p", np.array([p.top_p for p in params], np.float64))
-        if any(p.min_p > 0.0 for p in params):
             columns.put("min_p", np.array([p.min_p for p in params], np.float64))
         if any(p.typical_p < 1.0 for p in params):
             columns.put("typical_p", np.array([p.typical_p for p in params], np.float64))
@@ -215,8 +216,10 @@ def stage(
 
 
 def _padded(rows: Sequence[npt.NDArray[Any]], dtype: Any, padding: int) -> npt.NDArray[Any]:
-    """Ragged rows as one array."""
-    out = np.full((len(rows), max(row.size for row in rows)), padding, dtype)
+    """Ragged rows as one array, of one of few widths: kernels are compiled for each."""
+    longest = max(row.size for row in rows)
+    width = next((w for w in WIDTHS if w >= longest), longest)
+    out = np.full((len(rows), width), padding, dtype)
     for at, row in enumerate(rows):
         out[at, : row.size] = row
     return out

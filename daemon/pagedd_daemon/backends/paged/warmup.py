@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvpager.types import CopyBlock
 from pagedd_daemon.backends.base import Backend, Draw, Run, Step
+from pagedd_daemon.backends.paged.sampling import WIDTHS
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.params import SamplingParams, StopParams
 
+_FILTERS = SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05)
 FLAVOURS: tuple[SamplingParams, ...] = (
     SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.0, logprobs=5),
     SamplingParams(temperature=1.0),
-    SamplingParams(temperature=0.7, top_p=0.9),
-    SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05),
-    SamplingParams(temperature=0.7, top_k=40, typical_p=0.9),
+    SamplingParams(temperature=1.0, logprobs=5),
+    _FILTERS,
+    replace(_FILTERS, logprobs=5),
+    replace(_FILTERS, typical_p=0.9),
     SamplingParams(temperature=0.0, repetition_penalty=1.1),
-    SamplingParams(temperature=0.7, presence_penalty=0.5, frequency_penalty=0.5),
-    SamplingParams(temperature=0.7, logit_bias={0: 1.0}),
-    SamplingParams(temperature=0.0, logprobs=0),
-    SamplingParams(temperature=0.7, logprobs=5),
+    *(SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(range(w), 1.0)) for w in WIDTHS),
 )
-"""Ways of drawing that lead to kernels of their own."""
+"""Ways of drawing that lead to kernels of their own; `sampling.stage` leaves no others."""
 
 
 def warm_up(backend: Backend, sizes: tuple[int, ...], tokens: tuple[int, ...]) -> None:
@@ -37,7 +40,9 @@ def warm_up(backend: Backend, sizes: tuple[int, ...], tokens: tuple[int, ...]) -
     vocab = backend.capabilities.vocab_size
     block_tokens = backend.capabilities.block_tokens
     for params in FLAVOURS:
-        stop = StopParams(max_tokens=1, min_tokens=2 if params.logit_bias else 0)
+        # As many masked ids as biases.
+        stops = tuple(params.logit_bias)
+        stop = StopParams(max_tokens=9, min_tokens=9 if stops else 0, stop_token_ids=stops)
         sampler = Sampler(
             params,
             stop,
