@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.paper.__main__ import DATA
 from benchmarks.paper.curves import LEVELS_S, rate_at
-from benchmarks.paper.model import BLOCK_TOKENS, LatencyModel
+from benchmarks.paper.model import LatencyModel
 from benchmarks.paper.policies import POLICIES, TITLES
-from benchmarks.paper.sections import NAMES, PAPER_RATE
+from benchmarks.paper.sections import NAMES, PAPER_RATE, arithmetic_saving
 from benchmarks.paper.svg import Axis, lines, stacked
 from benchmarks.paper.workload import SHAPES, lengths
 from benchmarks.report import RESULTS, ROOT, shown
@@ -160,13 +160,21 @@ def sharing_table(sharing: Section) -> str:
     return table(("blocks saved, %", "2", "4", "6", "paper, 2–6"), rows)
 
 
-def arithmetic_saving(shape: str, samples: int, requests: int = 1000) -> float:
-    """What sharing every full block of every prompt would save over time, by arithmetic."""
-    saved = blocks = 0
-    for prompt, output in lengths(shape, requests):
-        saved += (samples - 1) * (prompt // BLOCK_TOKENS) * output
-        blocks += samples * sum(-(-(prompt + n) // BLOCK_TOKENS) for n in range(output))
-    return saved / blocks
+def quiet_table(sharing: Section) -> str:
+    """What the shape allows, what is saved without preemption, and what under full pressure."""
+    widths = ("2", "4", "6")
+    pairs = lengths("sharegpt", 1000)
+    quiet, full = sharing["quiet"], sharing["parallel"]["sharegpt"]
+    rows = [
+        ("arithmetic, all requests", *(percent(arithmetic_saving(pairs, int(n))) for n in widths)),
+        ("queue never empty, with preemption", *(percent(full[n]) for n in widths)),
+        ("arithmetic, the requests of the next row", *(percent(quiet[n]["most"]) for n in widths)),
+        (
+            "so few requests that hardly any is preempted",
+            *(percent(quiet[n]["saved"]) for n in widths),
+        ),
+    ]
+    return table(("blocks saved, ShareGPT shape, %", *widths), rows)
 
 
 def prefix_table(prefix: Section) -> str:
@@ -326,9 +334,7 @@ def render(results: Path = RESULTS) -> dict[Path, str]:
         sensitivity=sensitivity_table(sections["sensitivity"]),
         sharing=sharing_table(sections["sharing"]),
         once=", ".join(f"{percent(once[n])} % (n = {n})" for n in ("2", "4", "6")),
-        arithmetic=", ".join(
-            f"{percent(arithmetic_saving('sharegpt', n))} % (n = {n})" for n in (2, 4, 6)
-        ),
+        quiet=quiet_table(sections["sharing"]),
         prefix=prefix_table(sections["prefix"]),
         chat=rate_table(sections["chatbot"], ("paged", "oracle", "pow2", "max")),
         blocks=block_table(sections["block_size"]),

@@ -152,7 +152,7 @@ def sharing(context: Context) -> Data:
         for n in (2, 4, 6)
     }
     outcomes = context.run(points)
-    data: Data = {"parallel": {}, "beam": {}, "once": {}}
+    data: Data = {"parallel": {}, "beam": {}, "once": {}, "quiet": quiet_sharing(context)}
     for name, outcome in outcomes.items():
         shape, n = name.split("|")
         data["parallel"].setdefault(shape, {})[n] = outcome.sharing_saved
@@ -177,6 +177,31 @@ def sharing(context: Context) -> Data:
                     )
                 )
     return data
+
+
+def quiet_sharing(context: Context) -> Data:
+    """Blocks saved by parallel sampling where so few requests come that nobody is preempted, and
+    what the same requests would save if every full block of each prompt was always shared."""
+    count = context.scaled(400, least=60)
+    points = {
+        str(n): Point("paged", "sharegpt", count, rate=rate, samples=n)
+        for n, rate in ((2, 0.6), (4, 0.3), (6, 0.2))
+    }
+    outcomes = context.run(points)
+    pairs = lengths("sharegpt", count)
+    return {
+        n: {"saved": outcome.sharing_saved, "most": arithmetic_saving(pairs, int(n))}
+        for n, outcome in outcomes.items()
+    }
+
+
+def arithmetic_saving(pairs: Lengths, samples: int) -> float:
+    """What sharing every full block of every prompt would save over time, by arithmetic."""
+    saved = blocks = 0
+    for prompt, output in pairs:
+        saved += (samples - 1) * (prompt // BLOCK_TOKENS) * output
+        blocks += samples * sum(-(-(prompt + n) // BLOCK_TOKENS) for n in range(output))
+    return saved / blocks
 
 
 def _saved_once(pairs: Lengths, samples: int) -> float:
