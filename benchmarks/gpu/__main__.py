@@ -22,13 +22,18 @@ from benchmarks.report import RESULTS, Report, machine_words
 
 def _stages() -> dict[str, Callable[[Report], None]]:
     # Imported here, since `--help` must not need torch.
-    from benchmarks.gpu import checks, decode
+    from benchmarks.gpu import checks, decode, memory, prefill
 
     return {
         "check": checks.texts_against_cpu,
         "decode": decode.table,
         "trace": decode.trace,
+        "prefill": prefill.throughput,
+        "idle": prefill.interference,
         "scan": decode.scan,
+        "give-back": memory.give_back,
+        "swap": memory.swap,
+        "energy": prefill.energy,
     }
 
 

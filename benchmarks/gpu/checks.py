@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.engine_loop import Loop, Request, prompts
+from benchmarks.gpu.model8b import late_compiles
 from benchmarks.report import Report, Row
 from kvpager.types import CopyBlock, Load, Page, Store, Tier
 from pagedd_daemon.backends.base import Draw, Run, Step
@@ -119,10 +120,7 @@ def texts_against_cpu(report: Report) -> None:
     _many_streams(report, backend)
     _pages(report, backend)
     _shrinks(report, backend, lengths, together)
-    counters = backend.counters()
-    report.add(Row("kernels compiled after warm-up", counters["late_compiles"], "", "== 0"))
-    if backend._compiled is not None and backend._compiled.names:
-        print("compiled late:", backend._compiled.names)
+    late_compiles(report, backend)
     backend.close()
     reference.close()
 

@@ -8,10 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.gpu.engine_loop import Loop, Request, decode_ms
-from benchmarks.gpu.model8b import backend_8b, decode_floor_ms
+from benchmarks.gpu.model8b import backend_8b, decode_floor_ms, late_compiles
 from benchmarks.report import Report, Row
 
 PROMPT = 512
@@ -36,7 +35,7 @@ def table(report: Report) -> None:
         )
         value = statistics.median(steps)
         report.add(Row(f"decode step, batch {batch}", value, "ms", f"<= {must}", note))
-    _late(report, backend.counters())
+    late_compiles(report, backend)
     backend.close()
 
 
@@ -50,47 +49,15 @@ def trace(report: Report) -> None:
     requests = [Request(rng.integers(10, vocab, n, dtype=np.int32), out) for n, out in shapes]
     for request in requests:
         loop.submit(request)
-    busy = _Busy()
-    with busy.recording(backend):
-        seconds = loop.run()
+    seconds = loop.run()
     tokens = sum(len(request.tokens) for request in requests)
     assert tokens == sum(out for _, out in shapes)
     note = f"{len(loop.moments)} steps, {tokens} tokens in {seconds:.1f} s; goal 16,000"
     report.add(Row("closed trace at the engine loop", tokens / seconds, "tok/s", ">= 14,000", note))
-    idle = 100 * (1 - busy.seconds / seconds)
+    idle = 100 * (1 - loop.device_s / seconds)
     report.add(Row("idle GPU over the closed trace", idle, "%", "<= 3", "by CUDA events of steps"))
-    _late(report, backend.counters())
+    late_compiles(report, backend)
     backend.close()
-
-
-class _Busy:
-    """Adds up how long the device was busy with steps, as its events say."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def recording(self, backend: object) -> _Recording:
-        """While the context lasts, steps of ``backend`` are counted."""
-        return _Recording(self, backend)
-
-
-class _Recording:
-    def __init__(self, busy: _Busy, backend: object) -> None:
-        self._busy = busy
-        self._backend = backend
-
-    def __enter__(self) -> None:
-        collect = self._collect = self._backend.collect  # type: ignore[attr-defined]
-
-        def counted(handle: object) -> object:
-            result = collect(handle)
-            self._busy.seconds += result.seconds
-            return result
-
-        self._backend.collect = counted  # type: ignore[attr-defined]
-
-    def __exit__(self, *_: object) -> None:
-        self._backend.collect = self._collect  # type: ignore[attr-defined]
 
 
 def scan(report: Report) -> None:
@@ -120,10 +87,5 @@ def scan(report: Report) -> None:
             f"at {where} tokens: {times[where]:.2f} ms; median {statistics.median(times):.2f} ms",
         )
     )
-    _late(report, backend.counters())
+    late_compiles(report, backend)
     backend.close()
-
-
-def _late(report: Report, counters: dict[str, int]) -> None:
-    report.add(Row("kernels compiled after warm-up", counters["late_compiles"], "", "== 0"))
-    torch.cuda.empty_cache()

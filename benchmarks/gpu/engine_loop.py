@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 
 from kvpager.types import Tokens
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends.base import Backend
+from pagedd_daemon.backends.base import Backend, Handle, StepResult
 from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.params import SamplingParams, StopParams
 
@@ -30,15 +31,35 @@ class Request:
     cached: int = 0
 
 
+class Observed:
+    """A backend whose results pass by a loop; everything else is its own."""
+
+    def __init__(self, backend: Backend, loop: Loop) -> None:
+        self._backend = backend
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def collect(self, handle: Handle) -> StepResult:
+        """See `Backend`."""
+        result = self._backend.collect(handle)
+        self._loop.device_s += result.seconds
+        return result
+
+
 class Loop:
     """Runs requests on an engine over ``backend``; may be used again and again."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.engine = Engine(backend, time.monotonic)
+        observed = cast(Backend, Observed(backend, self))
+        self.engine = Engine(observed, time.monotonic)
         self.requests: dict[int, Request] = {}
         self.moments: list[tuple[float, int]] = []
         """After every turn of the loop: when, and how many tokens had come by then."""
+        self.device_s = 0.0
+        """Seconds the device was busy with the steps that were collected, by its own events."""
         self._next = 0
         self._generated = 0
 

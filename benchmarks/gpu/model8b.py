@@ -7,6 +7,7 @@ import time
 import torch
 
 from benchmarks.gpu.made_models import llama_8b
+from benchmarks.report import Report, Row
 from pagedd_daemon.backends.paged.backend import PagedBackend
 from pagedd_daemon.backends.paged.load import Wishes, serve
 from pagedd_daemon.models.decoder import Decoder
@@ -34,6 +35,14 @@ def backend_8b(
     backend = serve(model, wishes)
     torch.cuda.synchronize()
     return backend, {"weights": made - begin, "warm_up": time.monotonic() - made}
+
+
+def late_compiles(report: Report, backend: PagedBackend) -> None:
+    """The row that every stage ends with."""
+    note = ", ".join(backend.compiled_late())
+    count = backend.counters()["late_compiles"]
+    report.add(Row("kernels compiled after warm-up", count, "", "== 0", note))
+    torch.cuda.empty_cache()
 
 
 def decode_floor_ms(batch: int, context: int) -> float:

@@ -192,6 +192,10 @@ class PagedBackend:
             "locked_ram_slabs": self._ram.locked_slabs,
         }
 
+    def compiled_late(self) -> list[str]:
+        """Names of the last kernels that `counters` counts as late."""
+        return [] if self._compiled is None else list(self._compiled.names)
+
     def close(self) -> None:
         """See `Backend`."""
         if not self._closed:
