@@ -350,8 +350,9 @@ def test_capabilities_are_those_of_model_and_configuration(tiny: Path) -> None:
 def test_warnings_of_llama_cpp_are_logged(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "none.gguf").write_bytes(b"GGUF")
     with caplog.at_level(logging.WARNING), pytest.raises(ModelLoadError):
-        load(tmp_path)
+        load(tmp_path / "none.gguf")
     assert any("llama.cpp:" in record.message for record in caplog.records)
     caplog.clear()
     with caplog.at_level(logging.DEBUG, "pagedd_daemon"):

@@ -7,6 +7,7 @@ gives float32 ``[n, elements]``; products are formed in the order ggml forms the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -47,8 +48,14 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
+@functools.cache
+def _table(device: torch.device, values: tuple[int, ...]) -> Tensor:
+    """Made once: making a tensor on a GPU waits for all work in front of it."""
+    return torch.tensor(values, dtype=torch.uint8, device=device)
+
+
 def _shifts(like: Tensor, *by: int) -> Tensor:
-    return torch.tensor(by, dtype=torch.uint8, device=like.device)
+    return _table(like.device, by)
 
 
 def _nibbles(packed: Tensor, group: int) -> Tensor:

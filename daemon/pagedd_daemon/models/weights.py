@@ -31,7 +31,8 @@ Weights = dict[tuple[int | None, str], Tensor]
 """By layer (None for none) and `Parameter.key`."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and those of all weights; from the thread that loads."""
+"""Called with the bytes read so far and those of all weights, once for each percent, from the
+thread that loads."""
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of a file that are read, sent and decoded at a time: one buffer."""
@@ -169,8 +170,8 @@ class _Loader:
             waiting = [readers.submit(self._load, chunk) for chunk in chunks]
             try:
                 for future in as_completed(waiting):
-                    done += future.result()
-                    if progress is not None:
+                    before, done = done, done + future.result()
+                    if progress is not None and before * 100 // total != done * 100 // total:
                         progress(done, total)
             except BaseException:
                 readers.shutdown(cancel_futures=True)
