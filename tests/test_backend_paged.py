@@ -25,6 +25,13 @@ from pagedd_daemon.backends.base import (
     StepFaultError,
 )
 from pagedd_daemon.backends.paged.backend import LEAST_PIECE_TOKENS, PagedBackend, cut
+from pagedd_daemon.backends.paged.layout import (
+    MIXED_BUCKETS,
+    Buckets,
+    StepShape,
+    decode_buckets,
+    layout,
+)
 from pagedd_daemon.backends.paged.load import Wishes, serve
 from pagedd_daemon.backends.paged.warmup import warm_up
 from pagedd_daemon.engine.sampler import Sampler, draw
@@ -118,6 +125,56 @@ def test_random_histories_give_the_plain_texts(model: Decoder) -> None:
         assert set(scenario.done) == {
             "_admit", "_step", "_fork", "_preempt", "_resume", "_truncate", "_end",
         }  # fmt: skip
+
+
+def test_steps_padded_to_buckets_give_the_plain_texts(model: Decoder) -> None:
+    with closing(tiny_backend(model)) as backend:
+        # What a CUDA device replays as graphs is computed kernel by kernel here.
+        backend._buckets = Buckets(decode_buckets(8), (16, 48, 96), 8)
+        driver = Driver(backend)
+        lengths = {1: 90, 2: 33, 3: 1, 4: 20, 5: 44}
+        for seq, length in lengths.items():
+            driver.admit(seq, prompt(40 + seq, length))
+        driver.prefill(1)  # 90 tokens in a bucket of 96
+        driver.step({1: 1, 2: 10, 3: 1})  # 12 in 16, a chunk among them
+        driver.step({1: 1, 2: 23, 3: 1, 4: 20})  # 45 in 48
+        driver.prefill(5)
+        driver.generate([1, 2, 3, 4, 5], 12)  # 5 in 8
+        for seq in lengths:
+            driver.check(seq, Plain(model).judge)
+
+
+def test_buckets_waste_little_and_hold_what_they_are_chosen_for() -> None:
+    buckets = Buckets(decode_buckets(256), MIXED_BUCKETS, 256)
+    for count in range(1, 257):
+        shape = buckets.fit(count, count, decode=True)
+        assert shape is not None
+        assert shape.tokens == shape.sequences == shape.rows
+        assert count <= shape.sequences <= max(count + 3, 1.125 * count + 3)
+        assert shape in buckets.shapes()
+    for tokens in range(1, 513):
+        shape = buckets.fit(tokens, min(tokens, 256), decode=False)
+        assert shape is not None
+        assert shape.tokens >= tokens
+        assert shape.sequences > min(tokens, 256)
+        assert shape in buckets.shapes()
+    assert buckets.fit(513, 3, decode=False) is None
+    assert buckets.fit(257, 257, decode=True) is None
+
+
+def test_arrays_of_a_layout_are_aligned_and_do_not_overlap() -> None:
+    for shape in (StepShape(1, 1, 1, True), StepShape(333, 7, 3, False)):
+        where = layout(shape)
+        ends = 0
+        for name, item in [
+            ("tokens", 4), ("sources", 4), ("positions", 4), ("slots", 8), ("query_starts", 4),
+            ("context_lens", 4), ("logit_rows", 8), ("table_starts", 4),
+        ]:  # fmt: skip
+            section = getattr(where, name)
+            assert section.offset >= ends
+            assert section.offset % 16 == 0
+            ends = section.offset + item * section.count
+        assert where.tables >= ends
 
 
 # -------------------------------------------------------------------------- two steps in flight
