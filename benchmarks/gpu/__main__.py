@@ -34,7 +34,20 @@ def _stages() -> dict[str, Callable[[Report], None]]:
         "give-back": memory.give_back,
         "swap": memory.swap,
         "energy": prefill.energy,
+        "start": _serving("start"),
+        "daemon": _serving("through_daemon"),
     }
+
+
+def _serving(name: str) -> Callable[[Report], None]:
+    """A stage that needs the daemon's libraries, which the others do without."""
+
+    def stage(report: Report) -> None:
+        from benchmarks.gpu import serving
+
+        getattr(serving, name)(report)
+
+    return stage
 
 
 def gpu_machine() -> tuple[str, str]:
