@@ -2,7 +2,8 @@
 
 The histories of a run are numbered from a seed chosen anew each time. A failure prints its number;
 ``KVPAGER_SEED=<number> pytest tests/test_kvpager_random.py -k replay`` tells that one again, with
-everything that happened. ``KVPAGER_HISTORIES=<count>`` runs more of them.
+everything that happened (``KVPAGER_SWAPPING=<number>`` one of those in which few sequences take
+turns). ``KVPAGER_HISTORIES=<count>`` runs more of them.
 """
 
 from __future__ import annotations
@@ -308,6 +309,14 @@ class PagerMachine(RuleBasedStateMachine):
     @rule()
     def pressure(self) -> None:
         self.world.pressure()
+
+    @rule()
+    def quota(self) -> None:
+        self.world.quota()
+
+    @rule()
+    def somebody_needs_most_of_the_pool(self) -> None:
+        self.world.flood()
 
     @rule()
     def nonsense(self) -> None:
