@@ -20,25 +20,13 @@ from pagedd_daemon.models.errors import ModelError, ModelFileError, UnsupportedM
 from pagedd_daemon.models.folder import read_config
 from pagedd_daemon.models.gguf_config import read_gguf_model
 from pagedd_daemon.models.stored import BLOCKS, READABLE
+from tests.support.blocks import random_blocks
 from tests.support.gguf_models import write_gguf
 from tests.support.hf_models import write_model
 from tests.support.paged import PagedSequences
 from tests.support.plain_llama import PlainLlama
 
 CPU = torch.device("cpu")
-
-
-def random_blocks(kind: str, count: int, seed: int) -> npt.NDArray[np.uint8]:
-    """Any bits in the quantised values, and scales that are finite."""
-    rng = np.random.default_rng(seed)
-    _, size = BLOCKS[kind]
-    blocks = rng.integers(0, 256, (count, size), np.uint8)
-    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
-    halves |= dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,))
-    for at in halves.get(kind, (0, 2)):
-        scale = rng.normal(0, 0.05, count).astype(np.float16)
-        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(count, 2)
-    return blocks
 
 
 @pytest.mark.parametrize("kind", DEQUANTISERS)

@@ -22,10 +22,11 @@ from benchmarks.report import RESULTS, Report, machine_words
 
 def _stages() -> dict[str, Callable[[Report], None]]:
     # Imported here, since `--help` must not need torch.
-    from benchmarks.gpu import checks, decode, memory, prefill
+    from benchmarks.gpu import checks, decode, loading, memory, prefill
 
     return {
         "check": checks.texts_against_cpu,
+        "loading": loading.loading,
         "decode": decode.table,
         "trace": decode.trace,
         "prefill": prefill.throughput,

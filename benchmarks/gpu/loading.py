@@ -1,29 +1,25 @@
-"""Times loading an 8B model onto a GPU: safetensors (16 GB) and GGUF Q4_K (4.6 GB), page-cached.
+"""Loading an 8B model onto a GPU: safetensors (16 GB) and GGUF Q4_K (4.5 GB), both page-cached.
 
-    PYTHONPATH=daemon:kernels python -m benchmarks.gpu.loading --out DIR [--folder SCRATCH]
-
-Makes both models out of random numbers in a scratch folder (21 GB), and removes them again. Checks
-some rows of every kind of weight against the same bytes decoded on the CPU before it believes a
-figure. Beside the figures stand the floors: reading the files out of the page cache with as many
-threads, and copying as many bytes from pinned memory to the device.
+Makes both models out of random numbers in a temporary folder (21 GB). Some rows of every kind of
+weight are compared with the same bytes decoded on the CPU before a figure is believed. Beside the
+figures stand the floors: reading the files out of the page cache with as many threads, and copying
+as many bytes from page-locked memory to the device.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.made_models import llama_8b, write_folder, write_gguf
+from benchmarks.report import Report, Row
 from pagedd_daemon.models import weights
 from pagedd_daemon.models.decoder import Decoder
 from pagedd_daemon.models.dequant import decode
@@ -31,16 +27,29 @@ from pagedd_daemon.models.model import read_model
 from pagedd_daemon.models.stored import StoredModel, StoredTensor
 from pagedd_daemon.models.tensor_names import Piece
 
-Row = dict[str, Any]
-MUST_S = {"safetensors": 4.0, "gguf": 10.0}
-"""Seconds a load may take: what is left of the whole start for it."""
 REPEATS = 3
+QUICK_LAYERS = 4
 
 
-def measure(name: str, path: Path, device: torch.device) -> Row:
-    """Load a model several times: the first with cold allocators, the best, and what it took."""
+def loading(report: Report) -> None:
+    """The stage."""
+    device = torch.device("cuda", 0)
+    config = llama_8b(layers=QUICK_LAYERS if report.quick else 32)
+    copies = _copy_bytes_per_s(device)
+    report.add(Row("copy from page-locked memory to the device", copies / 1e9, "GB/s"))
+    with tempfile.TemporaryDirectory(prefix="pagedd-loading-") as scratch:
+        folder, file = Path(scratch, "model"), Path(scratch, "model.gguf")
+        write_folder(config, folder)
+        _measure(report, "safetensors, bf16", folder, "<= 4", copies)
+        write_gguf(config, file)
+        _measure(report, "GGUF, Q4_K", file, "<= 10", copies)
+
+
+def _measure(report: Report, name: str, path: Path, must: str, copies: float) -> None:
+    """Load a model several times; the rows of the first, and of the best beside its floors."""
+    device = torch.device("cuda", 0)
     stored = read_model(path)
-    file_bytes = sum(tensor.size for tensor in stored.tensors.values())
+    size = sum(tensor.size for tensor in stored.tensors.values())
     seconds = []
     for attempt in range(REPEATS):
         torch.cuda.empty_cache()
@@ -51,22 +60,14 @@ def measure(name: str, path: Path, device: torch.device) -> Row:
         seconds.append(time.perf_counter() - start)
         if attempt == 0:
             check(decoder, stored)
-        weight_bytes = decoder.weight_bytes
-        peak = torch.cuda.max_memory_allocated()
+        held = decoder.weight_bytes
+        above = torch.cuda.max_memory_allocated() - held
         del decoder
     reading = _timed(lambda: _read_all(stored))
-    return {
-        "what": name,
-        "first_s": round(seconds[0], 2),
-        "best_s": round(min(seconds), 2),
-        "file_gb": round(file_bytes / 1e9, 2),
-        "gb_per_s": round(file_bytes / 1e9 / min(seconds), 2),
-        "page_cache_floor_s": round(reading, 2),
-        "weights_gb": round(weight_bytes / 1e9, 2),
-        "peak_over_weights_gb": round((peak - weight_bytes) / 1e9, 2),
-        "must_s": MUST_S[name],
-        "ok": seconds[0] <= MUST_S[name],
-    }
+    floors = f"page cache alone {reading:.2f} s, copies alone {size / copies:.2f} s"
+    report.add(Row(f"{name}: first load", seconds[0], "s", must, f"{size / 1e9:.1f} GB"))
+    report.add(Row(f"{name}: best of {REPEATS}", min(seconds), "s", "", floors))
+    report.add(Row(f"{name}: device memory beyond the weights", above / 1e9, "GB", "<= 2"))
 
 
 def check(decoder: Decoder, stored: StoredModel) -> None:
@@ -99,8 +100,7 @@ def _some_rows(piece: Piece, tensor: StoredTensor) -> Iterator[tuple[int, Tensor
         yield first, values
 
 
-def copy_floor(device: torch.device, size: int = 1 << 30) -> Row:
-    """Bytes per second from pinned memory to the device."""
+def _copy_bytes_per_s(device: torch.device, size: int = 1 << 30) -> float:
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(size, dtype=torch.uint8, device=device)
 
@@ -109,7 +109,7 @@ def copy_floor(device: torch.device, size: int = 1 << 30) -> Row:
         torch.cuda.synchronize()
 
     copy()
-    return {"what": "pinned copy to the device", "gb_per_s": round(size / 1e9 / _timed(copy), 1)}
+    return size / _timed(copy)
 
 
 def _read_all(stored: StoredModel) -> None:
@@ -137,31 +137,3 @@ def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def main() -> int:
-    """Make, check, measure; exit status 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description="Times loading an 8B model onto a GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="where loading.json goes")
-    parser.add_argument("--folder", type=Path, help="scratch folder; made and removed by default")
-    parser.add_argument("--layers", type=int, default=32, help="fewer for a trial run")
-    arguments = parser.parse_args()
-    device = torch.device("cuda", 0)
-    config = llama_8b(layers=arguments.layers)
-    rows = [copy_floor(device)]
-    print(rows[-1])
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="loading-") as scratch:
-        folder, file = Path(scratch, "model"), Path(scratch, "model.gguf")
-        spent = _timed(lambda: (write_folder(config, folder), write_gguf(config, file)))
-        print(f"made both models in {spent:.0f} s", flush=True)
-        for name, path in (("safetensors", folder), ("gguf", file)):
-            rows.append(measure(name, path, device))
-            print(rows[-1], flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {"device": torch.cuda.get_device_name(device), "rows": rows}
-    (arguments.out / "loading.json").write_text(json.dumps(report, indent=1))
-    return 0 if all(row.get("ok", True) for row in rows) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedd_daemon.models.config import ModelConfig
 from pagedd_daemon.models.decoder import Decoder
 from pagedd_kernels.batch import StepBatch
 
@@ -31,7 +30,7 @@ class PagedSequences:
         self.tables = [
             order[end - size : end].tolist() for size, end in zip(sizes, ends, strict=True)
         ]
-        self.kv = new_pool(decoder.config, 1 + sum(sizes), block_tokens, decoder.dtype)
+        self.kv = new_pool(decoder, 1 + sum(sizes), block_tokens)
 
     def step(self, tokens: dict[int, Ids], *, every: bool = False) -> Tensor:
         """Feed tokens to sequences; the logits after the last of each, or after every one."""
@@ -58,22 +57,28 @@ class PagedSequences:
         lengths = [self.done[s] + len(new) for s, new in tokens.items()]
         rows = range(len(ids)) if every else [end - 1 for end in starts[1:]]
         return StepBatch(
-            tokens=torch.tensor(ids, dtype=torch.int32),
-            positions=torch.tensor(positions, dtype=torch.int32),
-            slots=torch.tensor(slots),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor(lengths, dtype=torch.int32),
-            logit_rows=torch.tensor(list(rows)),
+            tokens=self._tensor(ids),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots, torch.int64),
+            block_tables=self._tensor(tables),
+            query_starts=self._tensor(starts),
+            context_lens=self._tensor(lengths),
+            logit_rows=self._tensor(list(rows), torch.int64),
             max_query=max(map(len, tokens.values())),
             max_context=max(lengths),
         )
 
+    def _tensor(
+        self, values: list[int] | list[list[int]], dtype: torch.dtype = torch.int32
+    ) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.decoder.device)
 
-def new_pool(config: ModelConfig, blocks: int, block_tokens: int, dtype: torch.dtype) -> Tensor:
+
+def new_pool(decoder: Decoder, blocks: int, block_tokens: int) -> Tensor:
     """An empty pool: NaN where nothing was written yet, but for the padding block."""
+    config = decoder.config
     shape = (blocks, config.layers, 2, block_tokens, config.kv_heads, config.head_dim)
-    pool = torch.full(shape, torch.nan, dtype=dtype)
+    pool = torch.full(shape, torch.nan, dtype=decoder.dtype, device=decoder.device)
     pool[0] = 0
     return pool
 

@@ -1,1 +1,1 @@
-"""Model files: what their headers say and which names they go by. Parses nothing but headers."""
+"""Models: which there are and what their files say, checked; and those that torch computes."""

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pagedd_daemon.models import tensor_names
-from pagedd_daemon.models.config import Activation, LayerAttention, ModelConfig, Rope
+from pagedd_daemon.models.config import (
+    Activation,
+    LayerAttention,
+    ModelConfig,
+    Rope,
+    uniform_attention,
+)
 from pagedd_daemon.models.errors import UnsupportedModelError
 from pagedd_daemon.models.fields import MOST_LAYERS, Fields
 from pagedd_daemon.models.rope_scaling import rope_of
@@ -215,8 +221,7 @@ def config_of(fields: Fields, eog_tokens: frozenset[int] = frozenset()) -> Model
 def _attention(fields: Fields, family: Family, head_dim: int) -> tuple[LayerAttention, ...]:
     windows = family.windows(fields, fields.integer("num_hidden_layers", most=MOST_LAYERS))
     if not family.local_rope:
-        rope = _rope(fields, head_dim)
-        return tuple(LayerAttention(rope, window) for window in windows)
+        return uniform_attention(_rope(fields, head_dim), windows)
     ropes = {True: _rope(fields, head_dim, _SLIDING), False: _rope(fields, head_dim, _FULL)}
     return tuple(LayerAttention(ropes[window > 0], window) for window in windows)
 

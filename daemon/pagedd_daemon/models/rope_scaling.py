@@ -8,8 +8,6 @@ from itertools import repeat
 from pagedd_daemon.models.config import Rope
 from pagedd_daemon.models.fields import Fields
 
-KINDS = frozenset({"default", "linear", "llama3", "longrope", "su", "yarn"})
-
 
 def rope_of(
     fields: Fields, base: float, dims: int, context_tokens: int, original_context: int | None
