@@ -51,7 +51,8 @@ def test_ps_has_a_line_for_the_model_and_one_for_each_app(daemon: RunningDaemon)
     lines = [line.split() for line in text.splitlines()]
     assert lines[0] == ["NAME", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL"]
     assert lines[1][0] == "simulated"
-    assert lines[3] == ["APP", "CLASS", "RUN", "WAIT", "KV(gpu/ram/disk)", "HIT%", "TTFT", "TOK/S"]
+    columns = ["APP", "CLASS", "RUN", "WAIT", "KV(gpu/ram/disk)", "HIT%", "TTFT", "TOK/S"]
+    assert lines[3] == [*columns, "WEIGHT", "SHARE%"]
     assert ["my-editor", "interactive"] in [line[:2] for line in lines[4:]]
     assert "my-editor" in [app["app"] for app in document["apps"]]
 

@@ -17,12 +17,13 @@ FIGURES = {
     "sequences": {"running": 2, "swapped": 1, "ids_total": 256},
     "requests": {"running": 1, "waiting": 1, "paused": 0},
     "apps": {
-        "app": {
+        "1": {
             "running": 1,
             "waiting": 0,
             "kv_gpu_tokens": 48,
             "kv_ram_tokens": 16,
             "kv_disk_tokens": 0,
+            "share": 0.25,
         }
     },
     "pager": {"stored_pages": 7},
@@ -73,6 +74,7 @@ def test_status_of_a_busy_engine_waits_for_fresh_figures_and_has_every_field() -
             (app,) = status["apps"]
             assert (app["app"], app["class"], app["connections"]) == ("app", "interactive", 1)
             assert app["kv"] == {"gpu": 48, "ram": 16, "disk": 0}
+            assert (app["weight"], app["share_percent"]) == (1.0, 25.0)
             assert (app["running"], app["waiting"], app["generated_tokens"]) == (1, 0, 3)
             assert stats[0]["pager"] == {"stored_pages": 7}
 

@@ -64,6 +64,7 @@ def _values(message: object) -> list[Any]:
 
 _TOP_LEVEL: tuple[type[Any], ...] = (
     m.Configure,
+    m.App,
     m.Submit,
     m.Cancel,
     m.Finish,

@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 from pagedd_daemon import messages as m
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.detokenizer import PieceTable, pack_ids
 from pagedd_daemon.front.engine_link import Channel, EngineListener, Message
 from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.identity import UNKNOWN, Program
 from pagedd_daemon.front.limits import DEFAULT_LIMITS, Limits
 from pagedd_daemon.front.model_ports import Conversation, Entry, Rendered, Text
 from pagedd_daemon.front.ports import Connection, Event
@@ -280,7 +282,12 @@ class FakeSource:
 class Front:
     """A service with all that surrounds it."""
 
-    def __init__(self, default: str | None = "a", limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        default: str | None = "a",
+        limits: Limits = DEFAULT_LIMITS,
+        apps: Apps | None = None,
+    ) -> None:
         self.clock = Clock()
         self.source = FakeSource()
         self.transport = Transport()
@@ -292,6 +299,7 @@ class Front:
             version="1.2.3",
             default=FakeEntry(default) if default else None,
             keep_alive_s=300.0,
+            apps=apps,
             on_shutdown=self.shutdowns.append,
         )
         self.service.transport = self.transport
@@ -304,13 +312,22 @@ class Front:
     async def __aexit__(self, *_: object) -> None:
         await self.service.stop(0)
 
-    def connect(self, app: str = "app", priority: str = "normal", uid: int = 1000) -> Client:
+    def connect(
+        self,
+        app: str = "app",
+        priority: str = "normal",
+        uid: int = 1000,
+        program: Program = UNKNOWN,
+    ) -> Client:
         number = next(self._numbers)
-        connection = Connection(number, bytes([number]) * 16, uid, 1, app, priority)
+        token = bytes([number % 256]) * 16
+        connection = Connection(number, token, uid, 1, app, priority, program=program)
         hello = self.service.opened(connection)
         return Client(self, connection, hello)
 
-    def control(self, request: r.ControlRequest, client: Client | None = None) -> list[Event]:
+    def control(
+        self, request: r.ControlRequest, client: Client | None = None, uid: int = 1000
+    ) -> list[Event]:
         """What the request is answered with, in a list that may fill later."""
         replies: list[Event] = []
         connection = client.connection if client else None
@@ -319,12 +336,12 @@ class Front:
             replies.append(event)
             self._replied.set()
 
-        self.service.control(1000, request, connection, reply)
+        self.service.control(uid, request, connection, reply)
         return replies
 
-    async def answer(self, request: r.ControlRequest) -> Event:
+    async def answer(self, request: r.ControlRequest, uid: int = 1000) -> Event:
         """The reply to a control request, when it comes."""
-        replies = self.control(request)
+        replies = self.control(request, uid=uid)
         await self.settled(lambda: bool(replies))
         return replies[0]
 

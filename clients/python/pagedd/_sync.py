@@ -65,6 +65,37 @@ class Control:
         fields = {"app": app, "all": True if app is None else None, "target": target}
         return bool(self._ask("cancel", fields, timeout, control=True)["cancelled"])
 
+    def apps(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Apps that have settings or are connected; each as `app` has it."""
+        return list(self._ask("apps.list", {}, timeout, control=True)["apps"])
+
+    def app(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
+        """``app, known, settings, connected``: what holds for an app, and who is connected as it.
+
+        ``known`` is whether it has settings of its own; ``settings`` are those of unknown apps
+        else.
+        """
+        return self._ask("apps.show", {"app": name}, timeout, control=True)
+
+    def set_app(
+        self,
+        name: str,
+        settings: Mapping[str, str | float | None],
+        *,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Change settings of an app, in ``config.toml`` and at once; None takes one away.
+
+        Returns:
+            As `app`.
+
+        Raises:
+            RequestError: ``E_CONFIG``: a setting is wrong, or the file; every mistake is named.
+                ``E_FORBIDDEN``: the caller is not the daemon's own user.
+        """
+        fields = {"app": name, "settings": dict(settings)}
+        return self._ask("apps.set", fields, timeout, control=True)
+
     def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Ask the daemon to exit, with ``drain`` once its streams have ended. Does not wait."""
         self._ask("shutdown", {"drain": drain}, timeout, control=True)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from pagedd_daemon.front.identity import UNKNOWN, Program
 from pagedd_daemon.messages import Closed
 
 RATE_S = 10
@@ -39,17 +40,23 @@ class Account:
         "failed",
         "finished",
         "generated_tokens",
+        "key",
         "klass",
         "left",
         "live",
+        "program",
         "prompt_tokens",
+        "running",
         "ttft_ms",
         "uid",
     )
 
-    def __init__(self, app: str, uid: int) -> None:
+    def __init__(self, app: str, uid: int, program: Program = UNKNOWN, key: str = "") -> None:
         self.app = app
         self.uid = uid
+        self.program = program
+        self.key = key
+        """What the engine calls it."""
         self.classes: list[str] = []
         """Priority of each open connection."""
         self.klass = "normal"
@@ -58,6 +65,8 @@ class Account:
         """When the last connection closed."""
         self.live = 0
         """Requests that generate and are not over."""
+        self.running = 0
+        """Of these, those that the engine has begun."""
         self.finished = 0
         self.cancelled = 0
         self.failed = 0
@@ -105,6 +114,7 @@ class Account:
         prompt, cached = self.prompt_tokens, self.cached_tokens
         return {
             "app": self.app,
+            "program": self.program.label or None,
             "class": self.klass,
             "connections": len(self.classes),
             "running": running,
@@ -119,6 +129,7 @@ class Account:
             "hit_percent": round(100 * cached / prompt, 1) if prompt else 0.0,
             "ttft_ms": round(statistics.median(self.ttft_ms), 1) if self.ttft_ms else None,
             "tokens_per_s": round(self.tokens_per_s(now), 1),
+            "share_percent": round(100 * float(figures.get("share", 0.0)), 1),
         }
 
 
@@ -126,12 +137,17 @@ class Accounts:
     """Every app that is connected, or was a moment ago, and sums over all there ever were."""
 
     def __init__(self) -> None:
-        self._accounts: dict[tuple[int, str], Account] = {}
+        self._accounts: dict[tuple[int, str, str], Account] = {}
+        self._opened = 0
         self._gone = Account("", -1)
 
-    def open(self, uid: int, app: str, priority: str) -> Account:
+    def open(self, uid: int, app: str, priority: str, program: Program = UNKNOWN) -> Account:
         """The account of an app that opened a connection."""
-        account = self._accounts.setdefault((uid, app), Account(app, uid))
+        whose = (uid, program.label, app)
+        account = self._accounts.get(whose)
+        if account is None:
+            self._opened += 1
+            account = self._accounts[whose] = Account(app, uid, program, str(self._opened))
         account.classes.append(priority)
         account.klass = min(account.classes, key=_CLASS_ORDER.index)
         return account

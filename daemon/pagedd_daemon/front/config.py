@@ -40,6 +40,8 @@ class Settings:
 
     socket_dir: Path
     """Directory of the two sockets and the lock; made with mode 0700 where it is missing."""
+    config_file: Path | None = None
+    """``config.toml`` with the settings of apps; None: there are none, and none can be made."""
     model: str | None = None
     """Name or path of the model that requests without one get, loaded in the background at start;
     None: requests must name one."""

@@ -28,6 +28,8 @@ RETRYABLE: Mapping[str, bool] = {
     "E_ENGINE": True,
     "E_HELPER": True,
     "E_SLOW": True,
+    "E_FORBIDDEN": False,
+    "E_CONFIG": False,
     "E_INTERNAL": False,
 }
 """Every code, and whether the same request may succeed later."""

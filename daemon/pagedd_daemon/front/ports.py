@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pagedd_daemon.front.identity import UNKNOWN, Program
 from pagedd_daemon.front.requests import ControlRequest, DataRequest
 
 Event = Mapping[str, Any]
@@ -31,6 +32,8 @@ class Connection:
     app: str
     priority: str
     client: str = ""
+    program: Program = UNKNOWN
+    """Of the peer, from the kernel."""
     lagging: bool = field(default=False)
     """More than the output limit waits for it."""
 

@@ -450,6 +450,31 @@ class Ping(Request):
     verb = "ping"
 
 
+class AppsList(Request):
+    """Which apps have settings, or are connected."""
+
+    verb = "apps.list"
+
+
+class AppsShow(Request):
+    """The settings of one app."""
+
+    verb = "apps.show"
+
+    app: Annotated[str, AfterValidator(_app)]
+
+
+class AppsSet(Request):
+    """Changes settings of one app; null takes one away."""
+
+    verb = "apps.set"
+
+    app: Annotated[str, AfterValidator(_app)]
+    settings: Annotated[
+        dict[str, str | int | float | bool | None], Field(min_length=1, max_length=64)
+    ]
+
+
 class Shutdown(Request):
     """Ends the daemon."""
 
@@ -473,4 +498,4 @@ DataRequest = (
 )
 """What the service answers on the data socket; the transport itself answers `Hello` and `Bye`."""
 
-ControlRequest = Cancel | Status | Stats | Ping | Shutdown
+ControlRequest = Cancel | Status | Stats | Ping | AppsList | AppsShow | AppsSet | Shutdown

@@ -16,8 +16,10 @@ import sys
 from enum import IntEnum
 
 from pagedd._version import __version__
+from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.auth import AuthenticationBroken
-from pagedd_daemon.front.config import Settings, cuda_device_present, gpu_usable
+from pagedd_daemon.front.config import ConfigError, Settings, cuda_device_present, gpu_usable
+from pagedd_daemon.front.config_file import ConfigFile, load
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import HelperError, HelperPool
 from pagedd_daemon.front.limits import DEFAULT_LIMITS
@@ -78,6 +80,11 @@ class Server:
         settings = self._settings
         source = ModelSource(settings, Registry(), self._pool)
         try:
+            config = load(settings.config_file) if settings.config_file else ConfigFile()
+        except ConfigError as error:
+            return _refuse(Exit.CONFIG, str(error))
+        apps = Apps(config, settings.config_file)
+        try:
             default = await source.default()
         except WireError as error:
             return _refuse(Exit.NO_INPUT, error.message)
@@ -88,6 +95,7 @@ class Server:
             version=__version__,
             default=default,
             keep_alive_s=settings.keep_alive_s,
+            apps=apps,
             on_shutdown=self._asked_to_stop,
         )
         if settings.backend == "auto" and cuda_device_present() and not gpu_usable():

@@ -7,17 +7,17 @@ each have a module of their own; this one joins them.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-import secrets
+import os
 from array import array
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.accounts import Accounts
+from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.calls import Call, Calls, Peer
+from pagedd_daemon.front.config import ConfigError
 from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
@@ -57,6 +57,7 @@ class FrontService:
         version: str,
         default: Entry | None = None,
         keep_alive_s: float = 300.0,
+        apps: Apps | None = None,
         on_shutdown: Callable[[bool], None],
     ) -> None:
         """``on_shutdown`` hears of a client that asked the daemon to end, and whether to drain."""
@@ -66,17 +67,18 @@ class FrontService:
         self._default = default
         self._version = version
         self._on_shutdown = on_shutdown
-        self._secret = secrets.token_bytes(32)
+        self._apps = apps or Apps()
         self._calls = Calls(
             limits, lambda connection, event: self.transport.send(connection, event)
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._changing = asyncio.Lock()
         self.models = Models(
             source, clock, default, keep_alive_s, self._engine_said, self._engine_ended
         )
         self._accounts = Accounts()
-        self._streams = Streams(self.models, clock, self._salt, self._stream_over)
-        self.board = Board(self.models, self._streams, self._accounts, clock, version)
+        self._streams = Streams(self.models, clock, self._apps, self._stream_over)
+        self.board = Board(self.models, self._streams, self._accounts, self._apps, clock, version)
 
     # ------------------------------------------------------------ life of the daemon
 
@@ -107,7 +109,9 @@ class FrontService:
 
     def opened(self, connection: Connection) -> dict[str, Any]:
         """See `ports.Service`."""
-        account = self._accounts.open(connection.uid, connection.app, connection.priority)
+        account = self._accounts.open(
+            connection.uid, connection.app, connection.priority, connection.program
+        )
         sessions = Sessions(self._limits.sessions_per_connection)
         self._calls.peers[connection] = Peer(connection, account, sessions)
         model = self.models.current
@@ -124,6 +128,8 @@ class FrontService:
             if self._calls.answered_before(peer, request):
                 return
             self._admit(peer)
+            if isinstance(request, r.Generation):
+                self._apps.admit(peer.account)
         except WireError as error:
             self.transport.send(connection, error.as_event(request.id, 0))
             return
@@ -151,9 +157,63 @@ class FrontService:
             self.board.fresh(lambda: result(self.board.stats()))
         elif isinstance(request, r.Ping):
             result(self.board.ping())
+        elif isinstance(request, r.AppsList):
+            names = {*self._apps.config.apps, *(row["app"] for row in self.board.apps())}
+            result({"apps": [self._app(name) for name in sorted(names)]})
+        elif isinstance(request, r.AppsShow):
+            result(self._app(request.app))
+        elif isinstance(request, r.AppsSet):
+            self._set_app(uid, request, reply, result)
         else:
             result({})
             self._on_shutdown(request.drain)
+
+    def _app(self, name: str) -> dict[str, Any]:
+        """An app's settings, and who is connected under its name."""
+        connected = [row for row in self.board.apps() if row["app"] == name]
+        return {**self._apps.described(name), "connected": connected}
+
+    def _set_app(
+        self,
+        uid: int,
+        request: r.AppsSet,
+        reply: Callable[[Event], None],
+        result: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Change an app's settings, in the file and at once.
+
+        Raises:
+            WireError: ``E_FORBIDDEN``.
+        """
+        if uid != os.geteuid():
+            raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
+
+        def done(changed: asyncio.Task[None]) -> None:
+            self._tasks.discard(changed)
+            if changed.cancelled():
+                return
+            error = changed.exception()
+            if error is None:
+                result(self._app(request.app))
+                return
+            if not isinstance(error, (ConfigError, OSError)):
+                log.error("settings could not be changed", exc_info=error)
+            reply(WireError("E_CONFIG", str(error)).as_event(request.id, 0))
+
+        task = asyncio.ensure_future(self._change_app(request))
+        self._tasks.add(task)
+        task.add_done_callback(done)
+
+    async def _change_app(self, request: r.AppsSet) -> None:
+        async with self._changing:  # one at a time: each begins with the file as the last left it
+            self._apps.config = await asyncio.to_thread(
+                self._apps.change, request.app, request.settings
+            )
+        model = self.models.current
+        if model is not None:
+            for account in self._accounts.listed(self._clock.time()):
+                if account.live:
+                    model.engine.send(self._apps.message(account))
 
     def closed(self, connection: Connection) -> None:
         """See `ports.Service`."""
@@ -336,10 +396,11 @@ class FrontService:
             self.models.unload(lambda name: self._result(call, {"unloaded": name}))
 
     def _generate(self, peer: Peer, stream: Stream, request: r.Generation) -> None:
-        if request.deadline_ms is not None:
-            late = WireError("E_DEADLINE", f"not done after {request.deadline_ms} ms")
+        deadline_ms = request.deadline_ms or self._apps.settings(stream.account).deadline_ms
+        if deadline_ms:
+            late = WireError("E_DEADLINE", f"not done after {deadline_ms} ms")
             stream.timer = self._clock.call_later(
-                request.deadline_ms / 1000, lambda: self._streams.fail(stream, late)
+                deadline_ms / 1000, lambda: self._streams.fail(stream, late)
             )
         if isinstance(request, r.SessionSay):
             stream.turn = Turn(peer.sessions.get(request.session), request)
@@ -418,10 +479,6 @@ class FrontService:
         for stream in streams:
             self._streams.cancel(stream)
         return bool(streams)
-
-    def _salt(self, uid: int) -> bytes:
-        """The namespace of a user's prefixes: not to be guessed, and another after a restart."""
-        return hmac.digest(self._secret, uid.to_bytes(8, "little"), hashlib.sha256)
 
 
 def _described(entry: Entry, loaded: bool) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pagedd_daemon.front.accounts import Accounts
+from pagedd_daemon.front.accounts import RATE_S, Accounts
+from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.model_ports import Clock, Timer
 from pagedd_daemon.front.models import Model, Models, State
 from pagedd_daemon.front.streams import Streams
@@ -28,7 +29,13 @@ class Board:
     """Puts together what people are shown."""
 
     def __init__(
-        self, models: Models, streams: Streams, accounts: Accounts, clock: Clock, version: str
+        self,
+        models: Models,
+        streams: Streams,
+        accounts: Accounts,
+        apps: Apps,
+        clock: Clock,
+        version: str,
     ) -> None:
         self._models = models
         self._streams = streams
@@ -36,8 +43,11 @@ class Board:
         self._started = clock.time()
         self._version = version
         self._accounts = accounts
+        self._settings = apps
         self.figures: Mapping[str, Any] = {}
         """The engine's last snapshot; empty without an engine."""
+        self._taken = 0.0
+        """When it came."""
         self.stale = False
         """A step was made since that snapshot."""
         self.draining = False
@@ -51,6 +61,7 @@ class Board:
     def take(self, snapshot: Snapshot) -> None:
         """The engine's figures are here."""
         self.figures = snapshot.figures
+        self._taken = self._clock.time()
         self.stale = False
         self._answer()
 
@@ -114,7 +125,7 @@ class Board:
             "backend": model.ready.backend if model else None,
             "device": model.ready.device if model else None,
             "models": [self._model(model)] if model else [],
-            "apps": self._apps(),
+            "apps": self.apps(),
             "kv": self._kv(),
             "split": self._group("split", _SPLIT),
             "sequences": self._group("sequences", _SEQUENCES),
@@ -142,7 +153,7 @@ class Board:
             "pager": dict(self.figures.get("pager", {})),
             "memory": dict(self.figures.get("memory", {})),
             "backend": dict(self.figures.get("backend", {})),
-            "apps": self._apps(),
+            "apps": self.apps(),
         }
 
     def _degraded(self, model: Model | None) -> tuple[str | None, ...]:
@@ -161,10 +172,19 @@ class Board:
             "expires_s": None if expires is None else round(expires, 1),
         }
 
-    def _apps(self) -> list[dict[str, Any]]:
+    def apps(self) -> list[dict[str, Any]]:
+        """One row for each app that is connected, or was a moment ago."""
         now = self._clock.time()
         of_apps = self.figures.get("apps", {})
-        return [a.row(now, of_apps.get(a.app, {})) for a in self._accounts.listed(now)]
+        rows = []
+        for account in self._accounts.listed(now):
+            row = account.row(now, of_apps.get(account.key, {}))
+            row["class"] = self._settings.klass(account)
+            row["weight"] = self._settings.settings(account).weight
+            if now - self._taken > RATE_S:
+                row["share_percent"] = 0.0
+            rows.append(row)
+        return rows
 
     def _kv(self) -> dict[str, dict[str, int]]:
         tiers = self.figures.get("kv", {})

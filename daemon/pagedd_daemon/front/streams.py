@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from pagedd_daemon.front.accounts import Account
+from pagedd_daemon.front.apps import Apps, Standing
 from pagedd_daemon.front.calls import Call
 from pagedd_daemon.front.detokenizer import Detokenizer, PieceTable, pack_ids, unpack_ids
 from pagedd_daemon.front.errors import WireError
@@ -33,9 +34,6 @@ from pagedd_daemon.messages import (
     ToEngine,
     Unpause,
 )
-
-CLASSES = {"interactive": 0, "normal": 1, "background": 2}
-"""`kvpager.types.PriorityClass` by name; importing that module would bring numpy."""
 
 
 class Sample:
@@ -108,6 +106,10 @@ class Stream(Call):
         self.counted = 0
         """Generated tokens that its account was charged with."""
         self.n: int = getattr(request, "n", 1)
+        self.standing: Standing | None = None
+        """What it was submitted with."""
+        self.started = False
+        """The engine has begun with it."""
         self.turn: Turn | None = None
         """Of the session it speaks in."""
 
@@ -119,13 +121,13 @@ class Streams:
         self,
         models: Models,
         clock: Clock,
-        salt: Callable[[int], bytes],
+        apps: Apps,
         over: Callable[[Stream], None],
     ) -> None:
-        """``salt`` gives a user's namespace; ``over`` hears of every stream that ends."""
+        """``over`` hears of every stream that ends."""
         self._models = models
         self._clock = clock
-        self._salt = salt
+        self._apps = apps
         self._over = over
         self._by_rid: dict[int, Stream] = {}
         self._last_rid = 0
@@ -166,12 +168,15 @@ class Streams:
                 "model": model.entry.name,
             },
         )
+        standing = self._apps.stand(stream.account, stream.connection.priority, stream.n)
+        stream.standing = standing
+        model.engine.send(standing.app)
         model.engine.send(
             Submit(
                 rid=stream.rid,
-                app=stream.account.app,
-                klass=CLASSES[stream.connection.priority],
-                root=self._salt(stream.connection.uid),
+                app=standing.app.key,
+                klass=standing.klass,
+                root=standing.app.root,
                 prompt=pack_ids(prompt),
                 n=stream.n,
                 sampling=sampling,
@@ -236,6 +241,11 @@ class Streams:
         self.steps = report.steps
         by_rid = self._by_rid
         now = self._clock.time()
+        for rid, _ in report.started:
+            stream = by_rid.get(rid)
+            if stream is not None and not stream.over:
+                stream.started = True
+                stream.account.running += 1
         for output in report.outputs:
             stream = by_rid.get(output.rid)
             if stream is not None and not stream.over:
@@ -323,6 +333,10 @@ class Streams:
     def _end(self, stream: Stream, well: bool) -> None:
         """The one way in which a stream is over for its client."""
         stream.over = True
+        if stream.started:
+            stream.account.running -= 1
+        if stream.standing is not None:
+            self._apps.leave(stream.account, stream.standing)
         if stream.timer is not None:
             stream.timer.cancel()
             stream.timer = None

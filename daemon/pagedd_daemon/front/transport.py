@@ -14,6 +14,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from pagedd_daemon.front import requests as r
 from pagedd_daemon.front import wire
 from pagedd_daemon.front.auth import ZAP_ENDPOINT, Authenticator, Credentials, self_test
 from pagedd_daemon.front.errors import WireError, limit_error
+from pagedd_daemon.front.identity import UNKNOWN, Program, pin, program
 from pagedd_daemon.front.limits import Limits, as_map
 from pagedd_daemon.front.listener import (
     CONTROL_NAME,
@@ -46,6 +48,8 @@ _MESSAGE_BYTES = 64 * 1024
 """Events that waited are joined up to this size."""
 _RETRY_S, _RETRY_MOST_S = 0.01, 1.0
 """While a client's queue is full: how soon to try again, doubled each time it is still full."""
+_IDENTIFY_S = 2.0
+"""How long it may take to read what program a peer is; then it is served as an unknown one."""
 _GUARD_S = 1.0
 """While clients wait for room: how often to look again."""
 
@@ -65,6 +69,10 @@ class _Peer:
     queued: bool = False
     """It is among those to be flushed."""
     open: bool = True
+    hello: str = ""
+    """Id of its hello, while it is being looked at what program it is."""
+    early: list[r.DataRequest] = field(default_factory=list)
+    """Requests that came meanwhile."""
 
 
 class ZmqTransport:
@@ -92,6 +100,7 @@ class ZmqTransport:
         self._drained: asyncio.Event | None = None
         """Set when nothing waits any more, while stopping."""
         self._guard_timer: asyncio.TimerHandle | None = None
+        self._identifying = ThreadPoolExecutor(2, thread_name_prefix="identity")
 
     # ------------------------------------------------------------------------------ start and stop
 
@@ -166,6 +175,7 @@ class ZmqTransport:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
         self._by_pid.clear()
+        self._identifying.shutdown(wait=False, cancel_futures=True)
         for server in self._servers:
             server.close(int(linger_s * 1000))
         self._watched_zap.close()
@@ -313,8 +323,17 @@ class ZmqTransport:
                     "too much waits to be read on this connection",
                     details={"backlog_bytes": peer.bytes},
                 )
+            elif not peer.hello:
+                self._request(peer, request)
+            elif len(peer.early) < self._limits.requests_per_connection:
+                peer.early.append(request)
             else:
-                self._service.request(peer.connection, request)
+                at_most = self._limits.requests_per_connection
+                raise WireError(
+                    "E_BUSY",
+                    f"{at_most} requests wait for the answer to hello",
+                    details={"limit": "requests_per_connection", "max": at_most},
+                )
         except Exception as error:
             event = _error(error).as_event(id or getattr(error, "id", ""), 0)
             if peer is not None and peer.open:
@@ -342,19 +361,55 @@ class ZmqTransport:
             priority=hello.priority,
             client=hello.client,
         )
-        fields = {
-            "token": connection.token,
-            "pid": os.getpid(),
-            "limits": as_map(self._limits),
-            **self._service.opened(connection),
-        }
-        peer = _Peer(connection, route, fd)
+        peer = _Peer(connection, route, fd, hello=hello.id)
         self._peers[route] = peer
         self._by_number[connection.number] = peer
         self._by_token[connection.token] = peer
         self._by_fd[fd] = peer
-        self._queue(peer, wire.pack_event(_result(hello.id, fields)))
         self._watch_process(peer)
+        self._identify(peer)
+
+    def _identify(self, peer: _Peer) -> None:
+        """Has a thread look what program the peer is: the loop does not wait for file systems."""
+        pid = peer.connection.pid
+        pidfd = pin(peer.fd, pid)
+        if pidfd is None:
+            self._identified(peer, UNKNOWN)
+            return
+        looked: asyncio.Future[Program] = asyncio.wrap_future(
+            self._identifying.submit(program, pid, pidfd)
+        )
+        late = self._loop.call_later(_IDENTIFY_S, self._identified, peer, UNKNOWN)
+
+        def done(found: asyncio.Future[Program]) -> None:
+            os.close(pidfd)
+            late.cancel()
+            self._identified(peer, UNKNOWN if found.cancelled() else found.result())
+
+        looked.add_done_callback(done)
+
+    def _identified(self, peer: _Peer, found: Program) -> None:
+        """Answers hello, and what came after it."""
+        if not peer.open or not peer.hello:
+            return
+        id, peer.hello = peer.hello, ""
+        peer.connection.program = found
+        fields = {
+            "token": peer.connection.token,
+            "pid": os.getpid(),
+            "limits": as_map(self._limits),
+            **self._service.opened(peer.connection),
+        }
+        self._queue(peer, wire.pack_event(_result(id, fields)))
+        early, peer.early = peer.early, []
+        for request in early:
+            self._request(peer, request)
+
+    def _request(self, peer: _Peer, request: r.DataRequest) -> None:
+        try:
+            self._service.request(peer.connection, request)
+        except Exception as error:
+            self._queue(peer, wire.pack_event(_error(error).as_event(request.id, 0)))
 
     def _drop(self, peer: _Peer) -> None:
         """Forgets a peer and tells the service, once."""
@@ -374,7 +429,8 @@ class ZmqTransport:
             watched[1].discard(peer)
             if not watched[1]:
                 self._unwatch_process(connection.pid)
-        self._tell(self._service.closed, connection)
+        if not peer.hello:
+            self._tell(self._service.closed, connection)
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         """Calls the service; a defect of its must not keep other clients from being served."""

@@ -40,7 +40,12 @@ DATA_VERBS: Mapping[str, type[r.Request]] = {
     )
 }
 CONTROL_VERBS: Mapping[str, type[r.Request]] = {
-    kind.verb: kind for kind in (r.Cancel, r.Status, r.Stats, r.Ping, r.Shutdown)
+    kind.verb: kind
+    for kind in (
+        *(r.Cancel, r.Status, r.Stats, r.Ping),
+        *(r.AppsList, r.AppsShow, r.AppsSet),
+        r.Shutdown,
+    )
 }
 
 # ---------------------------------------------------------------------------------- survey of bytes

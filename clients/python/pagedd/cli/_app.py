@@ -53,10 +53,12 @@ _EXIT_CODES: tuple[tuple[type[PageddError], int], ...] = (
 _ADVICE = {
     "E_ACCESS": "Run it as the user whose daemon it is.",
     "E_BUSY": "Wait until something is done, or see 'pagedd ps'.",
+    "E_CONFIG": "Correct it, then try again.",
     "E_CONNECTION": "See with 'pagedd status' whether it is back, then try again.",
     "E_DEADLINE": "Try again, or give it more time.",
     "E_DRAINING": "Start the daemon again with 'pagedd serve', then try again.",
     "E_ENGINE": "Try again; the daemon restarts its engine by itself.",
+    "E_FORBIDDEN": "Run it as the user whose daemon it is.",
     "E_HOST": "Unset it to use the default socket.",
     "E_INTERNAL": "This is a defect: please report it with the daemon's log.",
     "E_MODEL": "See 'pagedd models' for what there is, or get the default with 'pagedd pull'.",
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Every command is a module of its own; importing them registers them.
-    from pagedd.cli import _act, _ask, _pull, _serve, _show  # noqa: F401
+    from pagedd.cli import _act, _apps, _ask, _pull, _serve, _show  # noqa: F401
 
     try:
         status = commands.main(given, prog_name="pagedd", standalone_mode=False)
@@ -168,7 +170,7 @@ def exit_code_of(error: PageddError | click.ClickException) -> int:
         return EX_USAGE
     if isinstance(error, click.ClickException):
         return EX_NOINPUT if isinstance(error, click.FileError) else error.exit_code
-    if error.code == "E_HOST":
+    if error.code in ("E_HOST", "E_CONFIG"):
         return EX_CONFIG
     for kind, code in _EXIT_CODES:
         if isinstance(error, kind):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from pagedd._paths import config_file as default_config_file
 from pagedd._paths import socket_dir as default_socket_dir
 from pagedd.cli._app import EX_CONFIG, EX_UNAVAILABLE, CommandError, as_json, commands
 
@@ -57,6 +59,11 @@ _COUNT = click.IntRange(min=0)
     help="Directory of the two sockets. [default: $XDG_RUNTIME_DIR/pagedd]",
 )
 @click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+    help="Settings of the daemon and of apps. [default: $XDG_CONFIG_HOME/pagedd/config.toml]",
+)
+@click.option(
     "--ram-gb",
     type=click.FloatRange(min=0),
     help="RAM for KV that is swapped out or cached. [default: a quarter]",
@@ -87,9 +94,13 @@ _COUNT = click.IntRange(min=0)
 @click.option("--simulated-step-us", type=_COUNT, default=1000, hidden=True)
 @click.option("--simulated-token-us", type=_COUNT, default=0, hidden=True)
 @as_json
+@click.pass_context
 def serve(
+    ctx: click.Context,
+    /,
     model: str | None,
     socket_dir: Path | None,
+    config: Path | None,
     ram_gb: float | None,
     context: int,
     keep_alive: float,
@@ -99,21 +110,29 @@ def serve(
 ) -> int:
     """Run the daemon until SIGTERM, Ctrl-C or 'pagedd shutdown'.
 
+    What is not given here is taken from [serve] of the configuration file, if it is there.
+
     With --json only an error is printed, as JSON; the log goes to standard error either way.
     """
-    config, server = _daemon()
-    memory = {} if ram_gb is None else {"ram_bytes": int(ram_gb * 10**9)}
+    settings_module, file_module, server = _daemon()
+    path = config or default_config_file()
+    options = {"model": model, "ram_gb": ram_gb, "context": context, **others}
+    options |= {"keep_alive": keep_alive, "drain": drain}
     try:
-        settings = config.Settings(
+        for name, value in file_module.load(path).serve.model_dump(exclude_none=True).items():
+            if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+                options[name] = value
+        if (gigabytes := options.pop("ram_gb")) is not None:
+            options["ram_bytes"] = int(gigabytes * 10**9)
+        settings = settings_module.Settings(
             socket_dir=socket_dir or default_socket_dir(),
-            model=model,
-            context_tokens=context,
-            keep_alive_s=keep_alive,
-            drain_s=drain,
-            **memory,
-            **others,
+            config_file=path,
+            context_tokens=options.pop("context"),
+            keep_alive_s=options.pop("keep_alive"),
+            drain_s=options.pop("drain"),
+            **options,
         )
-    except config.ConfigError as error:
+    except settings_module.ConfigError as error:
         raise CommandError(str(error), code="E_CONFIG", exit_code=EX_CONFIG) from None
     status = int(server.main(settings))
     if json_ and status:
@@ -121,7 +140,7 @@ def serve(
     return status
 
 
-def _daemon() -> tuple[Any, Any]:
+def _daemon() -> tuple[Any, Any, Any]:
     """The daemon's modules. By name: the client is installed without the daemon's libraries too,
     and imports point from the daemon to the client.
 
@@ -131,6 +150,7 @@ def _daemon() -> tuple[Any, Any]:
     try:
         return (
             importlib.import_module("pagedd_daemon.front.config"),
+            importlib.import_module("pagedd_daemon.front.config_file"),
             importlib.import_module("pagedd_daemon.front.server"),
         )
     except ModuleNotFoundError as error:

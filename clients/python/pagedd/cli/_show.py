@@ -54,9 +54,10 @@ _BLOCKS = ("blocks_total", "used", "cached", "free")
 def ps(json_: bool, host: str | None, timeout: float) -> None:
     """The loaded model, and a row for each app.
 
-    KV is in tokens, on GPU/RAM/disk (the first tier is the engine's own memory). HIT% is the share
-    of prompt tokens found in the pool, TTFT the median time to the first token, TOK/S the speed of
-    the last ten seconds.
+    SHARE% is the part of the work of the last ten seconds that was done for the app: prompt tokens
+    that were computed, and generated ones twice. KV is in tokens, on GPU/RAM/disk (the first tier
+    is the engine's own memory). HIT% is the share of prompt tokens found in the pool, TTFT the
+    median time to the first token, TOK/S the speed of the last ten seconds.
     """
     with pagedd.control(host=host, timeout=timeout) as control:
         now = control.status()
@@ -76,8 +77,9 @@ def ps(json_: bool, host: str | None, timeout: float) -> None:
     click.echo(out.table(["NAME", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL"], models))
     click.echo()
     header = ["APP", "CLASS", "RUN", "WAIT", "KV(gpu/ram/disk)", "HIT%", "TTFT", "TOK/S"]
+    header += ["WEIGHT", "SHARE%"]
     apps = [_app_row(app) for app in now["apps"]]
-    click.echo(out.table(header, apps, right="RUN WAIT KV(gpu/ram/disk) HIT% TTFT TOK/S"))
+    click.echo(out.table(header, apps, right=" ".join(header[2:])))
 
 
 @commands.command()
@@ -144,6 +146,8 @@ def _app_row(app: Mapping[str, Any]) -> list[str]:
         out.number(app["hit_percent"]),
         out.number(app["ttft_ms"], unit=" ms"),
         out.number(app["tokens_per_s"], 1),
+        out.number(app.get("weight"), 1),
+        out.number(app.get("share_percent")),
     ]
 
 
