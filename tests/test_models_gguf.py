@@ -173,7 +173,7 @@ WRONG: dict[str, tuple[str, dict[str, npt.NDArray[Any] | None]]] = {
     "missing": ("has no tensor", {"blk.0.ffn_up.weight": None}),
     "no embedding": ("has no tensor", {"token_embd.weight": None}),
     "shape": ("of shape [32, 32]; by", {"blk.0.attn_k.weight": np.ones((32, 32), np.float32)}),
-    "type": ("of type I32", {"blk.0.ffn_norm.weight": np.ones(32, np.int32)}),
+    "type": ("cannot read; llama.cpp may", {"blk.0.ffn_norm.weight": np.ones(32, np.int32)}),
     "head": ("of shape [21, 32]", {"output.weight": np.ones((21, 32), np.float32)}),
     "unknown": ("models do not have", {"blk.0.attn_output.bias": np.ones(32, np.float32)}),
     "divisors": ("of F32 [8] and not of F32 [4]", {"rope_freqs.weight": np.ones(8, np.float32)}),

@@ -28,9 +28,10 @@ _LENGTH = struct.Struct("<Q")
 class SafetensorsLimits:
     """What a header may hold at most."""
 
-    header_bytes: int = 32 * 2**20
-    """Bytes of JSON. 100,000 tensors take about 10 MB; the format's own limit is 100 MB."""
-    tensors: int = 131_072
+    header_bytes: int = 8 * 2**20
+    """Bytes of JSON: about 80,000 tensors. The format's own limit is 100 MB; parsed, it would take
+    ten times as much memory, in the front too, which lists models."""
+    tensors: int = 65_536
     """Tensors of one file. Models have 200 to 3,000."""
     name_bytes: int = 512
     """Bytes of a tensor's name."""

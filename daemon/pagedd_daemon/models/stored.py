@@ -96,10 +96,11 @@ class StoredModel:
                 },
             )
         if tensor.kind not in READABLE or (len(piece.shape) == 1 and BLOCKS[tensor.kind][0] > 1):
+            instead = "; llama.cpp may: --backend llama.cpp" if tensor.path == self.path else ""
             raise ModelFileError(
                 tensor.path,
                 f"has tensor {piece.name!r} of type {tensor.kind}, which the torch backend cannot "
-                "read",
+                f"read{instead}",
                 {"tensor": piece.name, "type": tensor.kind},
             )
         return tensor
