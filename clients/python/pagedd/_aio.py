@@ -161,6 +161,25 @@ class AsyncClient:
         """Counters since the daemon started."""
         return await self._ask("stats", {}, timeout, control=True)
 
+    async def apps(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Apps that have settings or are connected; each as `app` has it."""
+        return list((await self._ask("apps.list", {}, timeout, control=True))["apps"])
+
+    async def app(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
+        """``app, known, settings, connected``: what holds for an app."""
+        return await self._ask("apps.show", {"app": name}, timeout, control=True)
+
+    async def set_app(
+        self,
+        name: str,
+        settings: Mapping[str, str | float | None],
+        *,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Change settings of an app; see `pagedd.Control.set_app`."""
+        fields = {"app": name, "settings": dict(settings)}
+        return await self._ask("apps.set", fields, timeout, control=True)
+
     async def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Ask the daemon to exit, with ``drain`` once its streams have ended."""
         await self._ask("shutdown", {"drain": drain}, timeout, control=True)
