@@ -17,21 +17,17 @@ def test_decoding_fills_the_device_where_there_is_enough_to_read(
     sequences: int, context: int
 ) -> None:
     plan = decode_plan(LLAMA_8B, sequences, context, MULTIPROCESSORS)
-    programs = sequences * 8 * plan.splits
-    enough = sequences * 8 * (context // plan.min_chunk)
-    assert programs >= min(MULTIPROCESSORS, enough)
-    assert plan.splits == 1 or context > plan.min_chunk * (plan.splits - 1)
+    parts = sequences + plan.spare
+    enough = sequences * (context // plan.min_chunk)
+    assert parts * 8 >= min(2 * MULTIPROCESSORS, enough * 8)
+    assert parts <= sequences * max(1, -(-context // plan.min_chunk))
+    assert plan.spare * 8 <= 5 * MULTIPROCESSORS, "merging must not become the work"
 
 
-def test_a_long_sequence_among_many_is_split() -> None:
-    plan = decode_plan(LLAMA_8B, 128, 32768, MULTIPROCESSORS)
-    assert plan.splits >= 8
-    assert plan.min_chunk >= 2048, "short ones must not be split for its sake"
-
-
-def test_a_window_bounds_what_there_is_to_split() -> None:
-    windowed = shape_of(32, 8, 128, window=512)
-    assert decode_plan(windowed, 64, 131072, MULTIPROCESSORS).splits == 1
+def test_nothing_is_cut_where_a_tile_holds_a_sequence() -> None:
+    assert decode_plan(LLAMA_8B, 64, 64, MULTIPROCESSORS).spare == 0
+    windowed = shape_of(32, 8, 128, window=64)
+    assert decode_plan(windowed, 64, 131072, MULTIPROCESSORS).spare == 0
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16, 32, 64])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from pagedd_kernels import references
 from pagedd_kernels.gpu import sampling as sampler
-from pagedd_kernels.gpu.decode import decode_attention
+from pagedd_kernels.gpu.decode import _work_of, decode_attention
 from pagedd_kernels.gpu.varlen import varlen_attention
 from tests.support.kernel_checks import Target, checks, sampling
 from tests.support.kernels import close, shape_of, world
@@ -48,6 +52,35 @@ def test_draws_from_more_than_are_sorted_are_too(
     monkeypatch.setattr(sampler, "CHUNK", 16)
     monkeypatch.setattr(sampler, "BLOCK", 128)
     sampling(FLOAT32, 250, spread, rows=8)
+
+
+def test_parts_go_to_the_long_sequences() -> None:
+    lens = torch.tensor([5, 400, 0, 90, 16], dtype=torch.int32)
+    items, spare = 9, 4
+    division = torch.zeros(items, 5, dtype=torch.int32)
+    _division[(items,)](division, lens, lens, 5, spare, 32, 16, 16)
+    # 511 keys in 4 parts are 128 each: four for the long one, one for everybody else, padding too.
+    assert division[:, :3].tolist() == [
+        [0, 0, 1], [1, 0, 4], [1, 1, 4], [1, 2, 4], [1, 3, 4], [2, 0, 1], [3, 0, 1], [4, 0, 1],
+        [16, 8, 0],
+    ]  # fmt: skip
+    assert division[0, 4] == 128
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _division(
+    out: Any, starts: Any, lens: Any, sequences: Any, spare: Any, least: Any,
+    tile: tl.constexpr, width: tl.constexpr,
+) -> None:  # fmt: skip
+    item = tl.program_id(0)
+    seq, part, count, begin, chunk = _work_of(
+        item, starts, lens, sequences, 0, spare, least, tile, width, False
+    )
+    tl.store(out + item * 5, seq)
+    tl.store(out + item * 5 + 1, part)
+    tl.store(out + item * 5 + 2, count)
+    tl.store(out + item * 5 + 3, begin)
+    tl.store(out + item * 5 + 4, chunk)
 
 
 def test_blocks_beyond_two_to_the_31st_element_are_found() -> None:

@@ -197,7 +197,7 @@ def sweep_decode(arena: Arena, ceiling: float) -> Iterable[Row]:
     compile_all(
         [
             partial(decode_attention, q, kv, 0, tiny, shape(4), plan=DecodePlan(t, w, s, n, 64))
-            for (t, w, s), n in product(forms, (1, 2))
+            for (t, w, s), n in product(forms, (0, 2))
         ]
     )
     cases = {
@@ -210,7 +210,7 @@ def sweep_decode(arena: Arena, ceiling: float) -> Iterable[Row]:
         rows: list[Row] = []
         chosen = decode_plan(shape(4), count, context, multiprocessors(torch.device("cuda", 0)))
         for (tile, warps, stages), n in product(forms, splits):
-            plan = DecodePlan(tile, warps, stages, n, tile)
+            plan = DecodePlan(tile, warps, stages, count * (n - 1), tile)
             rows += _measured(plan, partial(_decode_time, arena, lengths, plan=plan, target_ms=8.0))
         rows.sort(key=lambda row: float(row["us"]))
         rows = rows[:10]

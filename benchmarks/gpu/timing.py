@@ -62,7 +62,11 @@ def compile_all(jobs: list[Callable[[], object]]) -> None:
 
 
 def copy_bandwidth(bytes_: int = 4 << 30) -> float:
-    """Bytes per second of a device-to-device copy, reads and writes both counted."""
+    """Bytes per second of copying on the device, reads and writes both counted.
+
+    By a kernel: in a graph a copy becomes a node for the copy engine, which reached 2.8 TB/s where
+    kernels that only read reached 4.5.
+    """
     source = torch.empty(bytes_ // 4, dtype=torch.int32, device="cuda").zero_()
     target = torch.empty_like(source)
-    return 2 * bytes_ / seconds(lambda: target.copy_(source), target_ms=100)
+    return 2 * bytes_ / seconds(lambda: torch.bitwise_not(source, out=target), target_ms=100)

@@ -72,8 +72,8 @@ def decode(target: Target, shape: AttentionShape) -> None:
     expected = _expected(w)
     tile = 32 if shape.head_dim > 128 else 64
     plans = [
-        DecodePlan(tile, warps=2, stages=2, splits=1, min_chunk=tile),
-        DecodePlan(32, warps=2, stages=2, splits=3, min_chunk=32),
+        DecodePlan(tile, warps=2, stages=2, spare=0, min_chunk=tile),
+        DecodePlan(32, warps=2, stages=2, spare=6, min_chunk=32),
     ]
     for plan in plans if target.device == "cpu" else [None, *plans]:
         out = torch.full_like(w.q, torch.nan)

@@ -19,6 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Below, every pointer but that of the logits may be to anywhere: parameters are packed by the
+# caller, and an address that happens to be odd must not lead to another compilation in traffic.
+
 
 @triton.jit
 def packed(x, ids):
@@ -43,7 +46,17 @@ def _mass(x, peak, scale):
     return tl.exp2((x - peak) * (scale * 1.4426950408889634))
 
 
-@triton.jit(do_not_specialize=["vocab", "chunks"])
+@triton.jit(
+    do_not_specialize=["vocab", "chunks"],
+    do_not_specialize_on_alignment=[
+        "temperature",
+        "peaks",
+        "places",
+        "lows",
+        "masses",
+        "hot_masses",
+    ],
+)
 def chunk_statistics(
     logits,
     temperature,
@@ -85,7 +98,25 @@ def chunk_statistics(
             tl.store(lows + at, tl.min(lowest, 0))
 
 
-@triton.jit(do_not_specialize=["vocab", "chunks"])
+@triton.jit(
+    do_not_specialize=["vocab", "chunks"],
+    do_not_specialize_on_alignment=[
+        "peaks",
+        "places",
+        "lows",
+        "masses",
+        "hot_masses",
+        "temperature",
+        "top_k",
+        "tokens",
+        "row_peaks",
+        "row_lows",
+        "row_masses",
+        "row_hot_masses",
+        "floors",
+        "counters",
+    ],
+)
 def thresholds(
     peaks,
     places,
@@ -154,7 +185,10 @@ def thresholds(
         tl.store(floors + row, tl.where(sound & (heat > 0), floor, float("inf")))
 
 
-@triton.jit(do_not_specialize=["vocab", "chunks"])
+@triton.jit(
+    do_not_specialize=["vocab", "chunks"],
+    do_not_specialize_on_alignment=["peaks", "floors", "counters", "keys"],
+)
 def collect(
     logits,
     peaks,
@@ -203,7 +237,23 @@ def sorted_keys(keys, count, CAPACITY: tl.constexpr):
     return tl.load(keys + CAPACITY + at, mask=at < count, other=-0x7FFFFFFFFFFFFFFF)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=[
+        "keys",
+        "counters",
+        "floors",
+        "row_masses",
+        "row_hot_masses",
+        "temperature",
+        "uniform",
+        "top_k",
+        "top_p",
+        "min_p",
+        "tokens",
+        "pending",
+    ],
+)
 def draw(
     keys,
     counters,

@@ -9,13 +9,45 @@ from torch import Tensor
 
 from pagedd_kernels.batch import AttentionShape, StepBatch
 from pagedd_kernels.gpu.device import multiprocessors
-from pagedd_kernels.gpu.softmax import Parts, locate, scores_of, take_in
+from pagedd_kernels.gpu.softmax import Parts, blocks_of, offsets_of, scores_of, take_in
 from pagedd_kernels.plans import ROWS, DecodePlan, decode_plan, power_of_two
 
 # Lengths change with every step, and metadata lies wherever the runner packs it: neither may
 # lead to another compilation in traffic.
-_CHANGING = ["layer", "width", "window", "splits", "min_chunk"]
-_METADATA = ["tables", "starts", "lens", "peaks", "totals"]
+_CHANGING = ["layer", "width", "window", "sequences", "spare", "min_chunk"]
+_METADATA = ["tables", "starts", "lens", "values", "peaks", "totals", "used"]
+
+
+@triton.jit
+def _work_of(
+    item, starts, lens, sequences, window, spare, min_chunk,
+    TILE: tl.constexpr, SEQUENCES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """What program ``item`` does: its sequence, part, number of parts, first item of the sequence,
+    and keys per part.
+
+    Sequences are cut so that all parts are about equally long, whatever the lengths are: the
+    ``spare`` parts beyond one per sequence go to whoever is long. Every program computes the whole
+    division, which is a few hundred additions while it waits for its length anyway.
+    """
+    seqs = tl.arange(0, SEQUENCES)
+    there = seqs < sequences
+    length = tl.load(lens + seqs, mask=there, other=0)
+    if MIXED:
+        first = tl.load(starts + seqs, mask=there, other=0)
+        there = there & (tl.load(starts + seqs + 1, mask=there, other=0) - first == 1)
+        length = tl.where(there, length, 0)
+    length = tl.where(window > 0, tl.minimum(length, window), length)
+    share = tl.cdiv(tl.sum(length, 0), tl.maximum(spare, 1))
+    chunk = tl.maximum(min_chunk, tl.cdiv(share, TILE) * TILE)
+    chunk = tl.where(spare > 0, chunk, 1 << 30)
+    # A padding sequence has one part too: its zeros have to be stored.
+    parts = tl.where(there, tl.maximum(tl.cdiv(length, chunk), 1), 0)
+    ends = tl.cumsum(parts, 0)
+    seq = tl.sum((ends <= item).to(tl.int32), 0)
+    count = tl.sum(tl.where(seqs == seq, parts, 0), 0)
+    begin = tl.sum(tl.where(seqs == seq, ends - parts, 0), 0)
+    return seq, item - begin, count, begin, chunk
 
 
 @triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_METADATA)
@@ -23,7 +55,7 @@ def _decode(
     q,
     kv,
     out,
-    parts,
+    values,
     peaks,
     totals,
     used,
@@ -33,7 +65,8 @@ def _decode(
     layer,
     width,
     window,
-    splits,
+    sequences,
+    spare,
     min_chunk,
     stride_block,
     stride_layer,
@@ -49,53 +82,38 @@ def _decode(
     PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SEQUENCES: tl.constexpr,
     MIXED: tl.constexpr,
     CAPPED: tl.constexpr,
     AFFINE: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    seq = tl.program_id(2)
-    end = tl.load(lens + seq)
-    row = seq.to(tl.int64)
-    queries = 1
-    if MIXED:
-        first = tl.load(starts + seq)
-        queries = tl.load(starts + seq + 1) - first
-        row = first.to(tl.int64)
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(0, end - window)
-    chunk = min_chunk
-    if SPLIT:
-        chunk = tl.maximum(min_chunk, tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE)
-    count = tl.cdiv(end - begin, chunk) if SPLIT else 1
-    lo = begin + split * chunk
-    hi = tl.minimum(end, lo + chunk) if SPLIT else end
-
-    heads = tl.arange(0, ROWS)
-    dims = tl.arange(0, PAD)
-    valid = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
-    at = (kv_head * GROUP + heads)[:, None] * DIM + dims[None, :]
-    slot = seq.to(tl.int64) * HEADS + kv_head * GROUP + heads
-    if SPLIT:
-        if split == 0:
-            to_merge = tl.where(queries == 1, count, 0)
-            tl.store(used + slot, tl.zeros([ROWS], tl.int32) + to_merge, mask=heads < GROUP)
-    # A padding sequence has no keys: its part 0 stores zeros, as 0 / 1.
-    if (queries == 1) & ((split == 0) | (lo < hi)):
+    item = tl.program_id(1)
+    seq, part, count, begin, chunk = _work_of(
+        item, starts, lens, sequences, window, spare, min_chunk, TILE, SEQUENCES, MIXED
+    )
+    if count > 0:
+        end = tl.load(lens + seq)
+        row = (tl.load(starts + seq) if MIXED else seq).to(tl.int64)
+        lo = tl.where(window > 0, tl.maximum(0, end - window), 0) + part * chunk
+        hi = tl.minimum(end, lo + chunk)
+        heads = tl.arange(0, ROWS)
+        dims = tl.arange(0, PAD)
+        valid = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
+        at = (kv_head * GROUP + heads)[:, None] * DIM + dims[None, :]
         query = tl.load(q + row * (HEADS * DIM) + at, mask=valid, other=0.0)
         acc = tl.zeros([ROWS, PAD], tl.float32)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         base = kv + layer.to(tl.int64) * stride_layer + kv_head * stride_head
+        keys = lo + tl.arange(0, TILE)
+        blocks = blocks_of(tables, seq, keys, keys < hi, width, BLOCK_TOKENS, AFFINE)
         for start in range(lo, hi, TILE):
             keys = start + tl.arange(0, TILE)
             inside = keys < hi
-            offsets = locate(
-                tables, seq, keys, inside, width, stride_block, stride_token, BLOCK_TOKENS, AFFINE
-            )
+            offsets = offsets_of(blocks, keys, stride_block, stride_token, BLOCK_TOKENS)
+            after = keys + TILE
+            blocks = blocks_of(tables, seq, after, after < hi, width, BLOCK_TOKENS, AFFINE)
             tile = inside[:, None] & (dims < DIM)[None, :]
             k_at = base + offsets[:, None] + dims[None, :]
             # Slots beyond the end may hold NaN, and 0 * NaN is NaN: V is masked like K.
@@ -104,13 +122,16 @@ def _decode(
             scores = tl.where(inside[None, :], scores, float("-inf"))
             v = tl.load(k_at + stride_kv, mask=tile, other=0.0)
             acc, peak, total = take_in(acc, peak, total, scores, v, False)
-        if SPLIT:
-            if count > 1:
-                part = slot * splits + split
-                tl.store(peaks + part, peak, mask=heads < GROUP)
-                tl.store(totals + part, total, mask=heads < GROUP)
-                tl.store(parts + part[:, None] * DIM + dims[None, :], acc, mask=valid)
-        if count <= 1:
+        if part == 0:
+            if kv_head == 0:
+                tl.store(used + 2 * seq, count)
+                tl.store(used + 2 * seq + 1, begin)
+        if count > 1:
+            place = item.to(tl.int64) * HEADS + kv_head * GROUP + heads
+            tl.store(peaks + place, peak, mask=heads < GROUP)
+            tl.store(totals + place, total, mask=heads < GROUP)
+            tl.store(values + place[:, None] * DIM + dims[None, :], acc, mask=valid)
+        else:
             acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out + row * (HEADS * DIM) + at, acc.to(out.dtype.element_ty), mask=valid)
 
@@ -144,8 +165,9 @@ def decode_attention(
     if out is None:
         out = torch.empty_like(q)
     mixed = batch.max_query > 1
-    parts = Parts(out, sequences, shape.heads, shape.head_dim, plan.splits)
-    _decode[(shape.kv_heads, plan.splits, sequences)](
+    items = sequences + plan.spare
+    parts = Parts(out, sequences, shape.heads, 1, items)
+    _decode[(shape.kv_heads, items)](
         q,
         kv,
         out,
@@ -159,7 +181,8 @@ def decode_attention(
         layer,
         batch.block_tables.shape[1],
         shape.window,
-        plan.splits,
+        sequences,
+        plan.spare,
         plan.min_chunk,
         *kv.stride()[:5],
         shape.scale,
@@ -171,12 +194,13 @@ def decode_attention(
         PAD=power_of_two(shape.head_dim),
         BLOCK_TOKENS=shape.block_tokens,
         TILE=plan.tile,
-        SPLIT=plan.splits > 1,
+        SEQUENCES=16 if sequences <= 16 else max(256, power_of_two(sequences)),
         MIXED=mixed,
         CAPPED=shape.soft_cap > 0,
         AFFINE=affine,
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
-    parts.merge(batch.query_starts if mixed else None)
+    if plan.spare:
+        parts.merge(batch.query_starts if mixed else None)
     return out

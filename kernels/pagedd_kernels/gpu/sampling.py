@@ -24,7 +24,10 @@ BLOCK = 2048
 _LARGEST = tl.constexpr(LARGEST)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=["rows", "repetition", "presence", "frequency"],
+)
 def _penalise(
     logits, rows, counts, repetition, presence, frequency, vocab, stride, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -46,7 +49,7 @@ def _penalise(
         tl.store(at, x.to(tl.float32), mask=there)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["ids", "values"])
 def _at_ids(logits, ids, values, width, stride, PAD: tl.constexpr, MASK: tl.constexpr):
     """Add to the logits of some ids, or make them -inf."""
     row = tl.program_id(0).to(tl.int64)

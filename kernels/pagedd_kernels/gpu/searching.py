@@ -104,7 +104,23 @@ def _nth_at(logits, vocab, value, nth, BLOCK: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=[
+        "keys",
+        "pending",
+        "row_peaks",
+        "row_lows",
+        "row_masses",
+        "row_hot_masses",
+        "temperature",
+        "uniform",
+        "top_k",
+        "top_p",
+        "min_p",
+        "tokens",
+    ],
+)
 def search(
     logits,
     keys,

@@ -14,29 +14,27 @@ from pagedd_kernels.plans import power_of_two
 
 
 @triton.jit
-def locate(
-    tables,
-    row,
-    keys,
-    inside,
-    width,
-    stride_block,
-    stride_token,
-    BLOCK_TOKENS: tl.constexpr,
-    AFFINE: tl.constexpr,
-):
-    """Offsets of ``keys`` of sequence ``row`` in the pool, int64 before anything is multiplied.
+def blocks_of(
+    tables, row, keys, inside, width, BLOCK_TOKENS: tl.constexpr, AFFINE: tl.constexpr
+):  # fmt: skip
+    """The blocks in which ``keys`` of sequence ``row`` lie.
+
+    Loops ask for those of the next tile before they use those of this one: else the load of K
+    waits for the table, which cost prefill a quarter of its time.
 
     ``AFFINE`` computes the block instead of reading it, as if each sequence were contiguous: what
     the benchmark compares a paged pool with.
     """
     page = keys // BLOCK_TOKENS
     if AFFINE:
-        block = (1 + row * width + page).to(tl.int64)
-    else:
-        at = tables + row.to(tl.int64) * width + page
-        block = tl.load(at, mask=inside, other=0).to(tl.int64)
-    return block * stride_block + (keys % BLOCK_TOKENS) * stride_token
+        return (1 + row * width + page).to(tl.int32)
+    return tl.load(tables + row.to(tl.int64) * width + page, mask=inside, other=0)
+
+
+@triton.jit
+def offsets_of(blocks, keys, stride_block, stride_token, BLOCK_TOKENS: tl.constexpr):
+    """Offsets of ``keys`` in the pool, int64 before anything is multiplied."""
+    return blocks.to(tl.int64) * stride_block + (keys % BLOCK_TOKENS) * stride_token
 
 
 @triton.jit
@@ -69,10 +67,11 @@ def take_in(acc, peak, total, scores, v, GUARDED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["splits"], do_not_specialize_on_alignment=["peaks", "totals", "starts"]
+    do_not_specialize=["splits"],
+    do_not_specialize_on_alignment=["values", "peaks", "totals", "used", "starts"],
 )
 def _merge(
-    parts,
+    values,
     peaks,
     totals,
     used,
@@ -82,73 +81,92 @@ def _merge(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
+    ITEMS: tl.constexpr,
     MAPPED: tl.constexpr,
 ):
-    """Merge the parts of one row and head; rows of one part were finished by the kernel itself."""
-    row = tl.program_id(0)
+    """Merge the parts of one row and head; rows of one part were finished by the kernel itself.
+
+    With ``ITEMS`` the parts are numbered over all rows, and ``used`` holds count and first of each
+    row; else each row and head has room for ``splits`` of its own, and ``used`` its count.
+    """
+    row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    at = row.to(tl.int64) * HEADS + head
-    count = tl.load(used + at)
-    if count > 1:
-        part = tl.arange(0, SPLITS)
-        there = part < count
-        peak = tl.load(peaks + at * splits + part, mask=there, other=float("-inf"))
-        total = tl.load(totals + at * splits + part, mask=there, other=0.0)
-        highest = tl.max(peak, 0)
-        weight = tl.exp2(peak - highest)
+    target = row
+    wanted = True
+    if MAPPED:
+        first = tl.load(starts + row)
+        target = first.to(tl.int64)
+        wanted = tl.load(starts + row + 1) - first == 1
+    if ITEMS:
+        count = tl.load(used + 2 * row)
+        base = tl.load(used + 2 * row + 1).to(tl.int64) * HEADS + head
+    else:
+        count = tl.load(used + row * HEADS + head)
+        base = (row * HEADS + head) * splits
+    if wanted & (count > 1):
         dims = tl.arange(0, PAD)
-        values = tl.load(
-            parts + (at * splits + part[:, None]) * DIM + dims[None, :],
-            mask=there[:, None] & (dims < DIM)[None, :],
-            other=0.0,
-        )
-        merged = tl.sum(values * weight[:, None], 0) / tl.sum(total * weight, 0)
-        target = (tl.load(starts + row).to(tl.int64) if MAPPED else row.to(tl.int64)) * HEADS + head
-        tl.store(out + target * DIM + dims, merged.to(out.dtype.element_ty), mask=dims < DIM)
+        acc = tl.zeros([PAD], tl.float32)
+        highest = tl.full([1], float("-inf"), tl.float32)
+        whole = tl.zeros([1], tl.float32)
+        for begin in range(0, count, 32):
+            part = begin + tl.arange(0, 32)
+            there = part < count
+            at = base + part * (HEADS if ITEMS else 1)
+            peak = tl.load(peaks + at, mask=there, other=float("-inf"))
+            total = tl.load(totals + at, mask=there, other=0.0)
+            inside = there[:, None] & (dims < DIM)[None, :]
+            value = tl.load(values + at[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+            higher = tl.maximum(highest, tl.max(peak, 0))
+            # A row of a tile may have seen no key in its first parts.
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp2(peak - level)
+            fade = tl.exp2(highest - level)
+            acc = acc * fade + tl.sum(value * weight[:, None], 0)
+            whole = whole * fade + tl.sum(total * weight, 0)
+            highest = higher
+        acc = acc / whole
+        at = out + (target * HEADS + head) * DIM + dims
+        tl.store(at, acc.to(out.dtype.element_ty), mask=dims < DIM)
 
 
 class Parts:
-    """Room for what the splits of each row and head found, merged afterwards.
+    """Room for what the parts of rows and heads found, to be merged afterwards."""
 
-    With one split nothing is allocated, and the kernel is given pointers that it does not use.
-    """
+    __slots__ = ("heads", "items", "out", "peaks", "rows", "splits", "totals", "used", "values")
 
-    __slots__ = ("heads", "out", "peaks", "splits", "totals", "used", "values")
-
-    def __init__(self, out: Tensor, rows: int, heads: int, dim: int, splits: int) -> None:
-        self.out, self.heads, self.splits = out, heads, splits
-        if splits == 1:
-            self.values = self.peaks = self.totals = self.used = out
-            return
-        floats = torch.empty(rows * heads * splits * (dim + 2), device=out.device)
-        parts, self.peaks, self.totals = floats.split(
-            [rows * heads * splits * dim, rows * heads * splits, rows * heads * splits]
-        )
-        self.values = parts
-        self.used = torch.empty(rows, heads, dtype=torch.int32, device=out.device)
+    def __init__(
+        self, out: Tensor, rows: int, heads: int, splits: int, items: int | None = None
+    ) -> None:
+        """Room for ``splits`` parts of each row, or for ``items`` of all rows together."""
+        dim = out.shape[-1]
+        self.out, self.rows, self.heads, self.splits, self.items = out, rows, heads, splits, items
+        places = heads * (rows * splits if items is None else items)
+        self.values = torch.empty(places, dim, dtype=torch.float32, device=out.device)
+        self.peaks = torch.empty(places, dtype=torch.float32, device=out.device)
+        self.totals = torch.empty(places, dtype=torch.float32, device=out.device)
+        width = heads if items is None else 2
+        self.used = torch.empty(rows, width, dtype=torch.int32, device=out.device)
 
     def merge(self, starts: Tensor | None) -> None:
-        """Finish the rows of ``out`` that took several splits.
+        """Finish the rows of ``out`` that took several parts.
 
         Args:
-            starts: Row of ``out`` of each row here, or None where they are the same.
+            starts: Where the rows of ``out`` begin that belong to each row here, of which only
+                those with one are merged; or None where they are the same.
         """
-        if self.splits == 1:
-            return
         dim = self.out.shape[-1]
-        _merge[self.used.shape](
+        _merge[(self.rows, self.heads)](
             self.values,
             self.peaks,
             self.totals,
             self.used,
             self.out,
-            self.out if starts is None else starts,
+            self.used if starts is None else starts,
             self.splits,
             HEADS=self.heads,
             DIM=dim,
             PAD=power_of_two(dim),
-            SPLITS=power_of_two(self.splits),
+            ITEMS=self.items is not None,
             MAPPED=starts is not None,
             num_warps=4,
         )

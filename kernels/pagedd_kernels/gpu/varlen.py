@@ -11,11 +11,11 @@ from torch import Tensor
 from pagedd_kernels.batch import AttentionShape, StepBatch
 from pagedd_kernels.gpu.decode import decode_attention
 from pagedd_kernels.gpu.device import multiprocessors
-from pagedd_kernels.gpu.softmax import Parts, locate, scores_of, take_in
+from pagedd_kernels.gpu.softmax import Parts, blocks_of, offsets_of, scores_of, take_in
 from pagedd_kernels.plans import VarlenPlan, power_of_two, varlen_plan
 
 _CHANGING = ["layer", "width", "window", "splits", "min_chunk", "sequences"]
-_METADATA = ["tables", "starts", "lens", "peaks", "totals"]
+_METADATA = ["tables", "starts", "lens", "parts", "peaks", "totals", "used"]
 
 
 @triton.jit
@@ -63,12 +63,14 @@ def _tiles(
 ):
     """Take in the keys from ``lo`` to ``hi``; unmasked, all of them are seen by all rows."""
     dims = tl.arange(0, PAD)
+    keys = lo + tl.arange(0, TILE)
+    blocks = blocks_of(tables, seq, keys, keys < hi, width, BLOCK_TOKENS, AFFINE)
     for start in range(lo, hi, TILE):
         keys = start + tl.arange(0, TILE)
         inside = keys < hi
-        offsets = locate(
-            tables, seq, keys, inside, width, stride_block, stride_token, BLOCK_TOKENS, AFFINE
-        )
+        offsets = offsets_of(blocks, keys, stride_block, stride_token, BLOCK_TOKENS)
+        after = keys + TILE
+        blocks = blocks_of(tables, seq, after, after < hi, width, BLOCK_TOKENS, AFFINE)
         k_at = base + offsets[:, None] + dims[None, :]
         tile = inside[:, None] & (dims < DIM)[None, :]
         if MASKED:
@@ -123,7 +125,6 @@ def _varlen(
     PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -144,9 +145,7 @@ def _varlen(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(0, position - window + 1)
-    chunk = tl.maximum(end - begin, TILE)
-    if SPLIT:
-        chunk = tl.maximum(min_chunk, tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE)
+    chunk = tl.maximum(min_chunk, tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE)
     count = tl.cdiv(tl.maximum(end - begin, 0), chunk)
     lo = begin + split * chunk
     hi = tl.minimum(end, lo + chunk)
@@ -157,10 +156,9 @@ def _varlen(
     valid = there[:, None] & (dims < DIM)[None, :]
     slot = (first + mine).to(tl.int64) * HEADS + kv_head * GROUP + rows % GROUP
     mine_to_do = queries > 1 if SKIP_SINGLE else queries > 0
-    if SPLIT:
-        if split == 0:
-            to_merge = tl.where(mine_to_do, count, 0)
-            tl.store(used + slot, tl.zeros([ROWS], tl.int32) + to_merge, mask=there)
+    if (splits > 1) & (split == 0):
+        to_merge = tl.where(mine_to_do, count, 0)
+        tl.store(used + slot, tl.zeros([ROWS], tl.int32) + to_merge, mask=there)
     if mine_to_do & (token < queries) & ((split == 0) | (lo < hi)):
         at = slot[:, None] * DIM + dims[None, :]
         query = tl.load(q + at, mask=valid, other=0.0)
@@ -184,13 +182,12 @@ def _varlen(
             stride_block, stride_kv, stride_token, scale, soft_cap, DIM, PAD, BLOCK_TOKENS,
             TILE, CAPPED, AFFINE, True,
         )  # fmt: skip
-        if SPLIT:
-            if count > 1:
-                part = slot * splits + split
-                tl.store(peaks + part, peak, mask=there)
-                tl.store(totals + part, total, mask=there)
-                tl.store(parts + part[:, None] * DIM + dims[None, :], acc, mask=valid)
-        if count <= 1:
+        if count > 1:
+            part = slot * splits + split
+            tl.store(peaks + part, peak, mask=there)
+            tl.store(totals + part, total, mask=there)
+            tl.store(parts + part[:, None] * DIM + dims[None, :], acc, mask=valid)
+        else:
             acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out + at, acc.to(out.dtype.element_ty), mask=valid)
 
@@ -220,7 +217,8 @@ def varlen_attention(
     if plan is None:
         plan = varlen_plan(shape, tokens, sequences, batch.max_context, multiprocessors(q.device))
     out = torch.empty_like(q)
-    parts = Parts(out, tokens, shape.heads, shape.head_dim, plan.splits)
+    # With one part nothing is left to merge, and the room is not touched.
+    parts = Parts(out, tokens if plan.splits > 1 else 1, shape.heads, plan.splits)
     _varlen[(shape.kv_heads, plan.tiles(tokens, sequences, shape.group), plan.splits)](
         q,
         kv,
@@ -248,7 +246,6 @@ def varlen_attention(
         PAD=power_of_two(shape.head_dim),
         BLOCK_TOKENS=shape.block_tokens,
         TILE=plan.tile,
-        SPLIT=plan.splits > 1,
         SKIP_SINGLE=sequences > 1,
         WINDOWED=shape.window > 0,
         CAPPED=shape.soft_cap > 0,
@@ -256,7 +253,8 @@ def varlen_attention(
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
-    parts.merge(None)
+    if plan.splits > 1:
+        parts.merge(None)
     if sequences > 1:
         decode_attention(q, kv, layer, batch, shape, out, affine=affine)
     return out
