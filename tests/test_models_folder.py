@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -23,9 +24,11 @@ from pagedd_daemon.models.errors import (
     ModelTooLargeError,
     UnsupportedModelError,
 )
+from pagedd_daemon.models.families import config_of
+from pagedd_daemon.models.fields import Fields
 from pagedd_daemon.models.folder import read_config, read_folder
 from pagedd_daemon.models.safetensors_header import SafetensorsLimits, read_safetensors
-from tests.support.hf_models import write_model
+from tests.support.hf_models import MODELS, write_model
 from tests.support.paged import PagedSequences
 
 CPU = torch.device("cpu")
@@ -289,6 +292,48 @@ def test_a_config_that_is_none_is_refused(raw: bytes, folder: Path) -> None:
     error = refusal(folder)
     assert isinstance(error, ModelFileError)
     assert error.path == folder / "config.json"
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.integers(0, 64)
+    | st.floats()
+    | st.sampled_from(["", "default", "llama3", "yarn", "longrope", "linear", "silu", "x" * 500]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3-scaled", "phi3-longrope", "qwen2-yarn"])
+@given(data=st.data())
+@settings(max_examples=150)
+def test_whatever_a_config_says_is_a_model_or_a_refusal(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fields = {**MODELS[name]().to_dict(), "architectures": [ARCHITECTURES[name]]}
+    places = [fields, *(v for v in fields.values() if isinstance(v, dict))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from(places))
+        place[data.draw(st.sampled_from(sorted(place)))] = data.draw(ANYTHING)
+    path = tmp_path_factory.getbasetemp() / f"{name}.json"
+    try:
+        config = config_of(Fields(path, fields))
+    except ModelError:
+        return
+    assert config.parameters() > 0
+    for layer in config.attention:
+        for context in (1, config.context_tokens):
+            assert all(math.isfinite(f) for f in layer.rope.frequencies(context))
+
+
+ARCHITECTURES = {
+    "llama3": "LlamaForCausalLM",
+    "gemma3-scaled": "Gemma3ForCausalLM",
+    "phi3-longrope": "Phi3ForCausalLM",
+    "qwen2-yarn": "Qwen2ForCausalLM",
+}
 
 
 # -------------------------------------------------------------------------------------- the tensors

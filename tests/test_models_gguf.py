@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pagedd_daemon.models import weights
 from pagedd_daemon.models.config import Rope
@@ -19,6 +22,7 @@ from pagedd_daemon.models.dequant import DEQUANTISERS, PLAIN, decode
 from pagedd_daemon.models.errors import ModelError, ModelFileError, UnsupportedModelError
 from pagedd_daemon.models.folder import read_config
 from pagedd_daemon.models.gguf_config import read_gguf_model
+from pagedd_daemon.models.gguf_header import read_header
 from pagedd_daemon.models.stored import BLOCKS, READABLE
 from tests.support.blocks import random_blocks
 from tests.support.gguf_models import write_gguf
@@ -218,3 +222,26 @@ def test_a_file_that_ends_while_it_is_read_is_refused_with_the_tensor(tmp_path: 
     with pytest.raises(ModelFileError, match="ends within tensor") as caught:
         weights.load_weights(stored, CPU, torch.float32)
     assert caught.value.details["tensor"] == last.name
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_whatever_is_damaged_in_a_header_is_a_model_or_a_refusal(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    whole = folder / "whole.gguf"
+    if not whole.exists():
+        scaling = {"rope.scaling.original_context_length": 32, "attention.sliding_window": 16}
+        freqs: dict[str, npt.NDArray[Any] | None] = {"rope_freqs.weight": np.ones(4, np.float32)}
+        small_file(whole, tensors=freqs, integers=scaling, tokens=20)
+    raw = bytearray(whole.read_bytes())
+    end = read_header(whole).header_bytes
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(24, end - 1))] = data.draw(st.integers(0, 255))
+    path = folder / "damaged.gguf"
+    path.write_bytes(raw)
+    with contextlib.suppress(ModelError):
+        stored = read_gguf_model(path)
+        for _, tensors in stored.plan():
+            assert all(t.offset + t.size <= len(raw) for t in tensors)

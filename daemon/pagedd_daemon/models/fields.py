@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,9 @@ from pagedd_daemon.models.errors import ModelFileError
 
 LARGEST = 2**31 - 1
 """No size in a model's description is larger."""
+
+SMALLEST = 1e-30
+"""No factor is smaller, or larger than its inverse, so that no power of one is out of range."""
 
 MOST_LAYERS = 4096
 """The deepest models in use have 126."""
@@ -48,14 +50,14 @@ class Fields:
         return value
 
     def positive(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0; required without a default."""
+        """A number above 0, within `SMALLEST` and its inverse; required without a default."""
         value = self._value(name, default)
-        if not _is_number(value) or not 0 < value < math.inf:
+        if not _is_positive(value):
             self.refuse(f"has {self.prefix}{name} = {_shown(value)}", name)
         return float(value)
 
     def optional_positive(self, name: str) -> float | None:
-        """A finite number above 0, if it is there."""
+        """See `positive`; None if it is not there."""
         return self.positive(name) if name in self else None
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -73,12 +75,12 @@ class Fields:
         return value
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        """So many finite numbers above 0."""
+        """So many numbers as `positive` takes them."""
         value = self._value(name, None)
         if (
             not isinstance(value, list | tuple)
             or len(value) != count
-            or not all(_is_number(v) and 0 < v < math.inf for v in value)
+            or not all(map(_is_positive, value))
         ):
             self.refuse(f"has no {count} positive numbers as {self.prefix}{name}", name)
         return tuple(float(v) for v in value)
@@ -121,8 +123,9 @@ class Fields:
         return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and SMALLEST <= value <= 1 / SMALLEST
 
 
 def _shown(value: Any) -> str:

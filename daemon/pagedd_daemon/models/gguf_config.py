@@ -154,7 +154,7 @@ class _Reading:
             own.refuse(f"rotates {dims} of {head_dim} elements of a head", "rope.dimension_count")
         base = own.positive("rope.freq_base", 10_000.0)
         context = own.integer("context_length")
-        original = own.integer("rope.scaling.original_context_length", context)
+        original = own.integer("rope.scaling.original_context_length", context, least=2)
         plain, short, long = (
             self._divisors(f"rope_{name}.weight", dims // 2)
             for name in ("freqs", "factors_short", "factors_long")

@@ -28,6 +28,8 @@ def rope_of(
     original = original_context or fields.integer(
         "original_max_position_embeddings", context_tokens
     )
+    if base <= 1 or original < 2:
+        fields.refuse(f"has rotary embeddings of base {base} for {original} tokens", "rope_theta")
     if kind == "linear":
         return Rope(base, dims, tuple(repeat(fields.positive("factor"), dims // 2)))
     if kind == "llama3":
@@ -47,6 +49,8 @@ def _llama3(fields: Fields, base: float, dims: int, original: int) -> tuple[floa
     """Llama 3.1's: long waves are stretched, short ones kept, those between interpolated."""
     factor = fields.positive("factor")
     low, high = fields.positive("low_freq_factor"), fields.positive("high_freq_factor")
+    if low >= high:
+        fields.refuse(f"has low_freq_factor {low} and high_freq_factor {high}", "low_freq_factor")
     divisors = []
     for frequency in Rope(base, dims).frequencies(0):
         turns = original * frequency / (2 * math.pi)
@@ -77,7 +81,7 @@ def _yarn(fields: Fields, base: float, dims: int, context: int, original: int) -
     divisors = []
     for pair in range(dims // 2):
         interpolated = min(max((pair - first) / (last - first), 0.0), 1.0)
-        divisors.append(1 / (interpolated / factor + 1 - interpolated))
+        divisors.append(1 / (interpolated / factor + (1 - interpolated)))
     return Rope(base, dims, tuple(divisors), magnitude=_yarn_magnitude(fields, factor))
 
 
