@@ -262,6 +262,22 @@ def test_a_paused_request_takes_no_part_and_gives_way() -> None:
     assert bench.outcomes[1].tokens == alone.outcomes[1].tokens
 
 
+def test_logits_that_are_no_numbers_end_their_request_alone_and_nothing_of_it_is_cached() -> None:
+    bench = Bench()
+    text = prompt_of(1, 100)
+    bench.backend.faults.nan_sequences.add(1)
+    bench.submit(1, text, max_tokens=5)
+    bench.submit(2, prompt_of(2, 100), max_tokens=5)
+    bench.run()
+    assert bench.outcomes[1].rejected is not None
+    assert "NaN" in bench.outcomes[1].rejected.message
+    assert bench.outcomes[2].reasons == {0: "length"}
+    bench.submit(4, text, max_tokens=5)
+    bench.run()
+    assert bench.outcomes[4].cached == 0
+    assert bench.outcomes[4].reasons == {0: "length"}
+
+
 def test_a_failed_step_ends_its_requests_and_nobody_else() -> None:
     bench = Bench()
     bench.submit(1, prompt_of(1, 30), max_tokens=50)

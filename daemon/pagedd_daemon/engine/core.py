@@ -216,7 +216,7 @@ class Engine:
         if self._ends(request, token):
             if token < 0:
                 why = "the model's output is not a number (NaN)"
-                self._reject(request, "E_ENGINE", why, {})
+                self._reject(request, "E_ENGINE", why, {}, cache=False)
             else:
                 self._end_sample(request, sequence.index, "stop")
             return
@@ -292,12 +292,19 @@ class Engine:
         self._outbox.closed(_closed(request))
 
     def _reject(
-        self, request: Request, code: str, message: str, details: dict[str, object]
+        self,
+        request: Request,
+        code: str,
+        message: str,
+        details: dict[str, object],
+        *,
+        cache: bool = True,
     ) -> None:
-        """End a request with an error; nothing follows for it."""
+        """End a request with an error; nothing follows for it. Unless ``cache``, nobody finds what
+        it computed."""
         self._scheduler.withdraw(request)
         for sequence in list(request.sequences.values()):
-            self._scheduler.end(sequence)
+            self._scheduler.end(sequence, cache=cache)
         request.sequences.clear()
         self._forget(request)
         self._outbox.rejected(m.Rejected(request.rid, code, message, details))

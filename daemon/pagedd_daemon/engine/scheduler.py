@@ -139,8 +139,11 @@ class Scheduler:
             request.sequences[child.index] = child
         return children
 
-    def end(self, sequence: Sequence, *, keep_tokens: int | None = None) -> None:
-        """A sequence is over; what it computed (its first ``keep_tokens``) stays in the cache."""
+    def end(
+        self, sequence: Sequence, *, keep_tokens: int | None = None, cache: bool = True
+    ) -> None:
+        """A sequence is over; what it computed (its first ``keep_tokens``) stays in the cache, but
+        for what cannot be trusted (not ``cache``)."""
         self._end_stretch()
         known = len(sequence.tokens)
         keep = known if keep_tokens is None else min(keep_tokens, known)
@@ -153,7 +156,7 @@ class Scheduler:
         if sequence in self._preempted:
             self._preempted.remove(sequence)
         sequence.state = SequenceState.ENDED
-        self._settle(self._pool.handle(Free(sequence.seq)))
+        self._settle(self._pool.handle(Free(sequence.seq, cache)))
         self._changed = True
 
     # ------------------------------------------------------------------------------ what it holds
