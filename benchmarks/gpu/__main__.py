@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -80,6 +81,7 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not torch.cuda.is_available():
         print("bench-gpu needs a CUDA device; torch finds none", file=sys.stderr)
         return 2

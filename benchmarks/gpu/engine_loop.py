@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, cast
@@ -11,7 +13,7 @@ import numpy as np
 
 from kvpager.types import Tokens
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends.base import Backend, Handle, StepResult
+from pagedd_daemon.backends.base import Backend, Handle, Step, StepResult
 from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.params import SamplingParams, StopParams
 
@@ -31,20 +33,45 @@ class Request:
     cached: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one step went."""
+
+    tokens: int
+    runs: int
+    launch_s: float
+    """The host's, to launch it."""
+    wait_s: float
+    """The host's, until its result was there: 0 where the device waited for the host."""
+    device_s: float
+
+
 class Observed:
     """A backend whose results pass by a loop; everything else is its own."""
 
     def __init__(self, backend: Backend, loop: Loop) -> None:
         self._backend = backend
         self._loop = loop
+        self._open: deque[tuple[int, int, float]] = deque()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
+    def launch(self, step: Step) -> Handle:
+        """See `Backend`."""
+        begin = time.monotonic()
+        handle = self._backend.launch(step)
+        tokens = sum(len(run.tokens) for run in step.runs)
+        self._open.append((tokens, len(step.runs), time.monotonic() - begin))
+        return handle
+
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`."""
+        begin = time.monotonic()
         result = self._backend.collect(handle)
+        waited = time.monotonic() - begin
         self._loop.device_s += result.seconds
+        self._loop.timings.append(Timing(*self._open.popleft(), waited, result.seconds))
         return result
 
 
@@ -60,6 +87,8 @@ class Loop:
         """After every turn of the loop: when, and how many tokens had come by then."""
         self.device_s = 0.0
         """Seconds the device was busy with the steps that were collected, by its own events."""
+        self.timings: list[Timing] = []
+        """Of every step that was collected."""
         self._next = 0
         self._generated = 0
 
@@ -91,6 +120,9 @@ class Loop:
 
     def run(self) -> float:
         """Until everything that was submitted is over; the seconds it took."""
+        gc.collect()
+        gc.freeze()  # as the engine's own loop does
+        gc.set_threshold(50_000, 20, 50)
         begin = time.monotonic()
         self.moments.clear()
         while self.engine.has_work:

@@ -108,15 +108,20 @@ class _Row:
         device = logits.device
         hot = temperature is not None
         sums = sums or hot
-        self.chunk_peaks, low, mass, hot_mass = torch.empty(4, rows, self.chunks, device=device)
+        # Rounded up, so that each part is aligned alike whatever the batch: kernels are compiled
+        # for an alignment.
+        aligned = -(-rows // 4) * 4
+        self.chunk_peaks, low, mass, hot_mass = torch.empty(4, aligned, self.chunks, device=device)
         places = torch.empty(rows, self.chunks, dtype=torch.int32, device=device)
         heat = self.chunk_peaks if temperature is None else temperature
         candidates.chunk_statistics[(rows, self.chunks)](
             logits, heat, self.chunk_peaks, places, low, mass, hot_mass,
             vocab, self.chunks, logits.stride(0), CHUNK=CHUNK, SUMS=sums, HOT=hot, num_warps=4,
         )  # fmt: skip
-        self.peaks, self.lows, self.floors = torch.empty(3, rows, device=device)
-        self.masses, self.hot_masses = torch.empty(2, rows, dtype=torch.float64, device=device)
+        self.peaks, self.lows, self.floors = torch.empty(3, aligned, device=device)[:, :rows]
+        self.masses, self.hot_masses = torch.empty(2, aligned, dtype=torch.float64, device=device)[
+            :, :rows
+        ]
         self.tokens = torch.empty(rows, dtype=torch.int32, device=device)
         self.counters = torch.empty(rows, dtype=torch.int32, device=device)
         candidates.thresholds[(rows,)](

@@ -282,7 +282,7 @@ class PagedBackend:
             self._begun.record()
             self._begun = None
         buffer.copy_to(self._runner.inputs, staged.end)
-        logits = self._runner.run(where, filled.max_query, filled.max_context)
+        logits = self._runner.run(where, filled.max_query)
         if not wanted:
             return
         rows = [one.row for one in wanted]

@@ -90,9 +90,17 @@ def decode_buckets(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-MIXED_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)
-"""Tokens of the graphs for steps that also have chunks of prompts. Beyond 512 the device is busy
-for longer than the host takes to launch every kernel by itself."""
+MOST_SEQUENCES = 256
+"""Sequences that run at the same time: the largest decode graph. From there on a step's time grows
+with its sequences, so more of them would only slow each other down."""
+
+MIXED_BUCKETS = (
+    *(16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512),
+    *(576, 640, 704, 768, 896, 1024, 1280, 1536, 1792, 2048),
+)
+"""Tokens of the graphs for steps that also have chunks of prompts. Launching every kernel of a step
+by itself takes the host 10 ms and more, which the device takes for some 500 tokens: beside 256
+streams it would wait for the host at every prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,12 @@ from pagedd_daemon.backends.paged.arena import (
 )
 from pagedd_daemon.backends.paged.backend import LEAST_PIECE_TOKENS, PagedBackend
 from pagedd_daemon.backends.paged.caches import CompileCounter, use_cache_folder
-from pagedd_daemon.backends.paged.layout import MIXED_BUCKETS, Buckets, decode_buckets
+from pagedd_daemon.backends.paged.layout import (
+    MIXED_BUCKETS,
+    MOST_SEQUENCES,
+    Buckets,
+    decode_buckets,
+)
 from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.warmup import warm_up
@@ -36,9 +42,6 @@ from pagedd_daemon.models.model import read_model
 log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16
-MOST_SEQUENCES = 256
-"""Sequences that run at the same time: the largest decode graph. From there on a step's time grows
-with its sequences, so more of them would only slow each other down."""
 CUDA_STEP_TOKENS = 8192
 """A prompt of 6,000 tokens is one step; matrix products are at full speed from 2,000 on."""
 CPU_STEP_TOKENS = 512
@@ -133,6 +136,7 @@ def serve(
     Raises:
         ModelLoadError: There is no memory for a pool.
     """
+    begun = time.monotonic()
     device = model.device
     cuda = device.type == "cuda"
     config = model.config
@@ -158,7 +162,8 @@ def serve(
     buckets = None
     if cuda:
         step_tokens = _rehearse(runner, step_tokens)
-        buckets = Buckets(decode_buckets(MOST_SEQUENCES), MIXED_BUCKETS, MOST_SEQUENCES)
+        mixed = tuple(size for size in MIXED_BUCKETS if size <= step_tokens)
+        buckets = Buckets(decode_buckets(MOST_SEQUENCES), mixed, MOST_SEQUENCES)
         shapes = buckets.shapes()
         for at, bucket in enumerate(shapes):
             runner.capture(bucket)
@@ -191,10 +196,14 @@ def serve(
     )
     ram = RamTier(ram_blocks, page_values, shape.dtype, lock=cuda)
     backend = PagedBackend(model, arena, ram, caps, runner, limits, buckets, counter)
-    if counter is not None:
-        most = min(caps.max_step_tokens, caps.context_tokens)
-        warm_up(backend, (1, 16, MOST_SEQUENCES), (most, min(most, 600)))
+    log.info("warming up: graphs and largest step in %.1f s", time.monotonic() - begun)
+    if counter is not None and buckets is not None:
+        beyond = buckets.mixed[-1] + 8
+        sizes = {beyond, 2 * beyond, caps.max_step_tokens}
+        eager = sorted(n for n in sizes if beyond <= n <= caps.max_step_tokens)
+        warm_up(backend, (1, 16, MOST_SEQUENCES), tuple(eager))
         counter.reset()
+        log.info("warmed up in %.1f s", time.monotonic() - begun)
     return backend
 
 

@@ -102,17 +102,16 @@ class Runner:
         """How many there are."""
         return len(self._graphs)
 
-    def run(self, where: Layout, max_query: int, max_context: int) -> Tensor:
+    def run(self, where: Layout, max_query: int) -> Tensor:
         """Logits of the step in `inputs`, ``[rows, vocab_size]``, valid until the next run.
 
         Args:
             where: Its layout.
             max_query: Most tokens of one run.
-            max_context: Longest sequence, this step's tokens included.
         """
         known = self._graphs.get(where.shape)
         if known is None:
-            return self._compute(where, max_query, max_context)
+            return self._compute(where, max_query)
         known.graph.replay()
         return known.logits
 
@@ -122,11 +121,11 @@ class Runner:
         most = 1 if shape.decode else shape.tokens
         self.inputs.zero_()
         # Kernels are compiled and libraries set up outside of the capture.
-        self._compute(where, most, self._limits.context_tokens)
+        self._compute(where, most)
         graph = torch.cuda.CUDAGraph()
         # Other threads copy and page-lock meanwhile, which does not concern this capture.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        logits = self._compute(where, most, self._limits.context_tokens)
+        logits = self._compute(where, most)
         graph.capture_end()
         # Logits of all buckets would be more than a gigabyte. Their memory is the pool's, and the
         # next graph may have it: whoever draws from them does so before that one runs.
@@ -138,14 +137,14 @@ class Runner:
         sequences = min(tokens, self._limits.sequences)
         where = layout(StepShape(tokens, sequences, sequences, False))
         self.inputs.zero_()
-        self._compute(where, tokens, self._limits.context_tokens)
+        self._compute(where, tokens)
 
     def close(self) -> None:
         """Give graphs and buffers back."""
         self._graphs.clear()
         self.inputs = self.drawn = self._tables = self._kv = torch.empty(0)
 
-    def _compute(self, where: Layout, max_query: int, max_context: int) -> Tensor:
+    def _compute(self, where: Layout, max_query: int) -> Tensor:
         arrays = device_arrays(self.inputs, where)
         tables = self._tables[: where.shape.sequences]
         batch = StepBatch(
@@ -157,6 +156,7 @@ class Runner:
             context_lens=arrays.context_lens,
             logit_rows=arrays.logit_rows,
             max_query=max_query,
-            max_context=max_context,
+            # Not the longest of this step: other bounds may lead to other kernels, to be compiled.
+            max_context=self._limits.context_tokens,
         )
         return self._model.forward(batch, self._kv)

@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 SLAB_BYTES = 64 << 20
 """Of one slab, about: locking one takes some 30 ms."""
-AHEAD = 4
-"""Slabs that are locked before the last one in use is full."""
+AHEAD = 16
+"""Slabs that are locked beyond those in use: what a pool that must shrink at once has to send away,
+about. At most an eighth of the tier."""
 
 
 class RamTier:
@@ -42,7 +43,9 @@ class RamTier:
         self.page_bytes = page_values * dtype.itemsize
         self.slab_pages = max(1, SLAB_BYTES // self.page_bytes)
         """Pages per slab."""
+        self._ahead = max(1, min(AHEAD, slots // self.slab_pages // 8))
         self._slabs: list[Tensor] = []
+        self._addresses: list[int] = []
         self._guard = threading.Lock()
         self._wanted = 0
         self._wake = threading.Event()
@@ -53,7 +56,7 @@ class RamTier:
         if lock and slots:
             self._thread = threading.Thread(target=self._work, name="page-lock", daemon=True)
             self._thread.start()
-            self._want(AHEAD)
+            self._want(self._ahead)
 
     @property
     def bytes(self) -> int:
@@ -71,13 +74,24 @@ class RamTier:
 
     def pages(self, slot: int, count: int) -> Tensor:
         """``count`` slots of one slab, ``[count, page_values]``, from ``slot`` on."""
+        number, at = self._find(slot, count)
+        return self._slabs[number][at : at + count]
+
+    def address(self, slot: int, count: int) -> int:
+        """Where `pages` begins."""
+        number, at = self._find(slot, count)
+        return self._addresses[number] + at * self.page_bytes
+
+    def _find(self, slot: int, count: int) -> tuple[int, int]:
+        """The slab of some slots, which is there then, and which of its pages is the first."""
         number, at = divmod(slot, self.slab_pages)
         assert at + count <= self.slab_pages
         assert slot + count <= self._slots
-        self._have(number + 1)
-        if self._thread is not None:
-            self._want(number + 1 + AHEAD)
-        return self._slabs[number][at : at + count]
+        if number >= len(self._addresses):
+            self._have(number + 1)
+        if number + 1 + self._ahead > self._wanted and self._thread is not None:
+            self._want(number + 1 + self._ahead)
+        return number, at
 
     def close(self) -> None:
         """Unlock and give everything back. Idempotent."""
@@ -90,13 +104,14 @@ class RamTier:
                 _runtime().cudaHostUnregister(slab.data_ptr())
             self._locked = 0
         self._slabs.clear()
+        self._addresses.clear()
         self._used.clear()
 
     def _have(self, slabs: int) -> None:
         """Take memory for so many slabs."""
         with self._guard:
             while len(self._slabs) < slabs:
-                self._slabs.append(self._make(len(self._slabs)))
+                self._add(self._make(len(self._slabs)))
 
     def _next_to_lock(self, number: int) -> Tensor:
         """The slab of this number, made here if nobody needed it yet."""
@@ -106,8 +121,12 @@ class RamTier:
             slab.view(torch.uint8).numpy()[:] = 0
             with self._guard:
                 if number == len(self._slabs):
-                    self._slabs.append(slab)
+                    self._add(slab)
         return self._slabs[number]
+
+    def _add(self, slab: Tensor) -> None:
+        self._slabs.append(slab)
+        self._addresses.append(slab.data_ptr())
 
     def _make(self, number: int) -> Tensor:
         rest = self._slots - number * self.slab_pages

@@ -107,7 +107,6 @@ class Filled:
     ahead: list[int]
     """For each of them, whether its last token is `PENDING`: 1, else 0."""
     max_query: int
-    max_context: int
 
 
 def fill(
@@ -178,7 +177,6 @@ def fill(
         drawing=drawing,
         ahead=(sources[wanted] >= 0).astype(np.int64).tolist(),
         max_query=int(lengths.max()),
-        max_context=int((starts + lengths).max()),
     )
 
 

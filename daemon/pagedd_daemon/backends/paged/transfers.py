@@ -20,7 +20,7 @@ import queue
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -70,6 +70,9 @@ class Transfers:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
+            from cuda.bindings import driver
+
+            self._driver: Any = driver
             self._out = torch.cuda.Stream(device)
             self._in = torch.cuda.Stream(device)
             self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
@@ -127,13 +130,14 @@ class Transfers:
 
     def _work(self) -> None:
         torch.cuda.set_device(self._device)
+        self._out.synchronize()  # makes the device's context current in this thread
         while (job := self._jobs.get()) is not None:
             stream = self._out if isinstance(job.transfer, Store) else self._in
             try:
                 with torch.cuda.stream(stream):
                     if job.after is not None:
                         stream.wait_event(job.after)
-                    self._copy(job.transfer)
+                    self._copy_on(stream, job.transfer)
                     done = torch.cuda.Event()
                     done.record(stream)
             except Exception:
@@ -148,9 +152,23 @@ class Transfers:
             pages = self._ram.pages(slot, count)
             blocks = self._blocks[block + PADDING_BLOCKS : block + PADDING_BLOCKS + count]
             if isinstance(transfer, Store):
-                pages.copy_(blocks, non_blocking=True)
+                pages.copy_(blocks)
             else:
-                blocks.copy_(pages, non_blocking=True)
+                blocks.copy_(pages)
+
+    def _copy_on(self, stream: torch.cuda.Stream, transfer: Transfer) -> None:
+        """The same on a CUDA stream, by the driver itself: 2 µs a copy instead of torch's 20, which
+        would limit blocks of half a megabyte to half of what the bus carries."""
+        driver, ram, size = self._driver, self._ram, self._ram.page_bytes
+        base, handle = self._blocks.data_ptr() + PADDING_BLOCKS * size, stream.cuda_stream
+        for block, slot, count in stretches(transfer.pages, ram.slab_pages):
+            host, device = ram.address(slot, count), base + block * size
+            if isinstance(transfer, Store):
+                (status,) = driver.cuMemcpyDtoHAsync(host, device, count * size, handle)
+            else:
+                (status,) = driver.cuMemcpyHtoDAsync(device, host, count * size, handle)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"a copy was refused: {status.name}")
 
 
 def stretches(pages: tuple[Page, ...], slab_pages: int) -> list[tuple[int, int, int]]:
