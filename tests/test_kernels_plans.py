@@ -19,7 +19,7 @@ def test_decoding_fills_the_device_where_there_is_enough_to_read(
     plan = decode_plan(LLAMA_8B, sequences, context, MULTIPROCESSORS)
     parts = sequences + plan.spare
     enough = sequences * (context // plan.min_chunk)
-    assert parts * 8 >= min(2 * MULTIPROCESSORS, enough * 8)
+    assert parts * 8 >= min(1.5 * MULTIPROCESSORS, enough * 8)
     assert parts <= sequences * max(1, -(-context // plan.min_chunk))
     assert plan.spare * 8 <= 5 * MULTIPROCESSORS, "merging must not become the work"
 

@@ -94,6 +94,10 @@ def decode_plan(
     few = sequences <= 4 and shape.head_dim <= 128
     tile = 128 if few else 64 if shape.head_dim <= 128 else 32
     spare = ceil_div((2 if few else 4) * multiprocessors, shape.kv_heads)
+    if 2 * sequences * shape.kv_heads >= 3 * multiprocessors:
+        # Equal lengths then stay whole (67 us instead of 69 for 32 of 2,048), and long ones are
+        # cut into parts of the mean length.
+        spare = min(spare, sequences)
     # No more than what the longest lengths there may be can use.
     spare = min(spare, sequences * (ceil_div(longest, tile) - 1))
     return DecodePlan(tile, 4 if few else 2, 2, spare, tile)

@@ -228,8 +228,8 @@ def sorted_keys(keys, count, CAPACITY: tl.constexpr):
     at = tl.arange(0, CAPACITY)
     mine = tl.load(keys + at, mask=at < count, other=-0x7FFFFFFFFFFFFFFF)
     rank = tl.zeros([CAPACITY], tl.int32)
-    for first in range(0, count, 16):
-        other = first + tl.arange(0, 16)
+    for first in range(0, count, 32):
+        other = first + tl.arange(0, 32)
         theirs = tl.load(keys + other, mask=other < count, other=-0x7FFFFFFFFFFFFFFF)
         rank += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
     tl.store(keys + CAPACITY + rank, mine, mask=at < count)

@@ -19,7 +19,7 @@ CHUNK = 512
 vocabulary / 512, which is 250 for Llama 3."""
 CAPACITY = 1024
 """Tokens that are sorted to decide a draw."""
-BLOCK = 2048
+BLOCK = 1024
 """Logits per iteration where a whole row is summed."""
 _LARGEST = tl.constexpr(LARGEST)
 
@@ -157,9 +157,9 @@ def _drawn(logits: Tensor, params: SampleParams, row: _Row) -> Tensor:
         row.tokens, pending, vocab, CAPACITY=CAPACITY, **switches, num_warps=8,
     )  # fmt: skip
     search[(rows,)](
-        logits, keys, pending, row.peaks, row.lows, row.masses, row.hot_masses, temperature,
-        uniform, *filters, row.tokens, vocab, logits.stride(0), CAPACITY=CAPACITY, BLOCK=BLOCK,
-        **switches, num_warps=8,
+        logits, keys, row.counters, pending, row.peaks, row.lows, row.masses, row.hot_masses,
+        temperature, uniform, *filters, row.tokens, vocab, logits.stride(0), CAPACITY=CAPACITY,
+        BLOCK=BLOCK, **switches, num_warps=8,
     )  # fmt: skip
     return row.tokens
 

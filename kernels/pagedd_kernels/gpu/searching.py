@@ -36,20 +36,22 @@ def _narrow(
     going = inside > CAPACITY
     while going:
         limits = lo + (hi - lo) * ((eighth + 1).to(tl.float32) / 9.0)
-        weights = tl.zeros([8], tl.float64)
-        counts = tl.zeros([8], tl.int32)
+        # Summed up per lane, and over lanes once: reducing in each iteration was most of a pass.
+        weights = tl.zeros([BLOCK, 8], tl.float32)
+        counts = tl.zeros([BLOCK, 8], tl.int32)
         for first in range(0, vocab, BLOCK):
             ids = first + tl.arange(0, BLOCK)
             x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
             weight = _weight(x, peak, scale, counting)
             above = x[:, None] >= limits[None, :]
-            weights += tl.sum(tl.where(above, weight[:, None], 0.0), 0).to(tl.float64)
-            counts += tl.sum(above.to(tl.int32), 0)
-        reached = weights >= target
+            weights += tl.where(above, weight[:, None], 0.0)
+            counts += above.to(tl.int32)
+        reached = tl.sum(weights.to(tl.float64), 0) >= target
+        count = tl.sum(counts, 0)
         new_lo = tl.max(tl.where(reached & (limits > lo), limits, lo), 0)
         new_hi = tl.min(tl.where((reached == 0) & (limits < hi) & (limits > new_lo), limits, hi), 0)
-        above_lo = tl.where(new_lo > lo, tl.max(tl.where(limits == new_lo, counts, 0), 0), -1)
-        above_hi = tl.where(new_hi < hi, tl.max(tl.where(limits == new_hi, counts, 0), 0), -1)
+        above_lo = tl.where(new_lo > lo, tl.max(tl.where(limits == new_lo, count, 0), 0), -1)
+        above_hi = tl.where(new_hi < hi, tl.max(tl.where(limits == new_hi, count, 0), 0), -1)
         steps += 1
         going = ((new_lo > lo) | (new_hi < hi)) & (steps < _NARROWINGS)
         lo = new_lo
@@ -63,30 +65,33 @@ def _narrow(
 
 @triton.jit
 def _gather(
-    logits, keys, vocab, lo, hi, peak, scale, BLOCK: tl.constexpr, CAPACITY: tl.constexpr
+    logits, keys, counter, vocab, lo, hi, peak, scale,
+    BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Put the tokens inside [lo, hi) into ``keys``, in the order of their ids.
+    """Put the tokens inside [lo, hi) into ``keys``, in any order.
 
     Returns how many there are (more may be counted than fit), and count, mass and mass at the
     temperature of those at or above ``hi``.
     """
-    count = 0
-    above = 0
-    mass = tl.zeros([1], tl.float64)
-    hot = tl.zeros([1], tl.float64)
+    tl.debug_barrier()
+    tl.store(counter, 0)
+    tl.debug_barrier()
+    above = tl.zeros([BLOCK], tl.int32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    hot = tl.zeros([BLOCK], tl.float32)
     for first in range(0, vocab, BLOCK):
         ids = first + tl.arange(0, BLOCK)
         x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         higher = x >= hi
-        above += tl.sum(higher.to(tl.int32), 0)
-        mass += tl.sum(tl.where(higher, _weight(x, peak, 1.0, False), 0.0), 0).to(tl.float64)
-        hot += tl.sum(tl.where(higher, _weight(x, peak, scale, False), 0.0), 0).to(tl.float64)
+        above += higher.to(tl.int32)
+        mass += tl.where(higher, _weight(x, peak, 1.0, False), 0.0)
+        hot += tl.where(higher, _weight(x, peak, scale, False), 0.0)
         within = (x >= lo) & (x < hi) & (x > float("-inf"))
-        ones = within.to(tl.int32)
-        place = count + tl.cumsum(ones, 0) - ones
+        place = tl.atomic_add(counter + tl.zeros([BLOCK], tl.int32), 1, mask=within)
         tl.store(keys + place, packed(x, ids), mask=within & (place < CAPACITY))
-        count += tl.sum(ones, 0)
-    return count, above, tl.sum(mass, 0), tl.sum(hot, 0)
+    tl.debug_barrier()
+    count = tl.load(counter, volatile=True)
+    return count, tl.sum(above, 0), tl.sum(mass.to(tl.float64), 0), tl.sum(hot.to(tl.float64), 0)
 
 
 @triton.jit
@@ -108,6 +113,7 @@ def _nth_at(logits, vocab, value, nth, BLOCK: tl.constexpr):
     do_not_specialize=["vocab"],
     do_not_specialize_on_alignment=[
         "keys",
+        "counters",
         "pending",
         "row_peaks",
         "row_lows",
@@ -124,6 +130,7 @@ def _nth_at(logits, vocab, value, nth, BLOCK: tl.constexpr):
 def search(
     logits,
     keys,
+    counters,
     pending,
     row_peaks,
     row_lows,
@@ -160,7 +167,7 @@ def search(
             if least > 0:
                 limit = (peak.to(tl.float64) + tl.log(least)).to(tl.float32)
                 _, _, _, floor_hot = _gather(
-                    line, room, vocab, limit, limit, peak, scale, BLOCK, CAPACITY
+                    line, room, counters + row, vocab, limit, limit, peak, scale, BLOCK, CAPACITY
                 )
                 kept_hot = tl.minimum(kept_hot, floor_hot)
         for stage in range(3):
@@ -184,7 +191,7 @@ def search(
                     BLOCK, CAPACITY,
                 )  # fmt: skip
                 count, above, mass, hot = _gather(
-                    line, room, vocab, lo, hi, peak, scale, BLOCK, CAPACITY
+                    line, room, counters + row, vocab, lo, hi, peak, scale, BLOCK, CAPACITY
                 )
                 head = tl.where(counting, above.to(tl.float64), tl.where(stage == 1, mass, hot))
                 if count <= CAPACITY:
