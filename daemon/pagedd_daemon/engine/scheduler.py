@@ -189,18 +189,21 @@ class Scheduler:
         if self._stretch is not None:
             return self._stretch_step(self._stretch)
         self.settle()
-        self.turns.survey(self._waiting, self._sequences.values(), now)
-        self._give_way()
-        decodes = [s for s in self._sequences.values() if s.decodes]
-        pace = self.turns.pace(self._sequences.values(), now)
+        decodes = self.turns.survey(self._waiting, self._sequences.values(), now)
+        if self._shrunk:
+            self._give_way()
+            decodes = [s for s in decodes if s.runs]
+        pace = self.turns.pace()
         decodes = self.turns.decoding(decodes, pace, self.cost.decodes_within(pace.decode_s))
         ready, pressed = self._make_room(decodes)
         self._evicted.clear()
-        self._let_in(now, pressed=pressed)
-        # Whoever was paged out, and perhaps came back at once, has lost the room it had.
-        ready = [s for s in ready if s.runs and s.seq not in self._evicted]
-        pace = self.turns.pace(self._sequences.values(), now)  # newcomers may be in a hurry
-        ready = self.turns.decoding(ready, pace, self.cost.decodes_within(pace.decode_s))
+        if self._let_in(now, pressed=pressed) or pressed:
+            # Whoever was paged out, and perhaps came back at once, has lost the room it had; and
+            # newcomers may be in a hurry.
+            ready = [s for s in ready if s.runs and s.seq not in self._evicted]
+            self.turns.look(self._sequences.values())
+            pace = self.turns.pace()
+            ready = self.turns.decoding(ready, pace, self.cost.decodes_within(pace.decode_s))
         chunks = self._chunks(ready, pace)
         if not ready and not chunks:
             return None
@@ -380,16 +383,19 @@ class Scheduler:
                 return self._sequences[chosen]
         return None
 
-    def _let_in(self, now: float, *, pressed: bool) -> None:
+    def _let_in(self, now: float, *, pressed: bool) -> bool:
         """Bring back paged-out sequences and let waiting requests in, by turn, while their whole
         texts fit.
 
         Asking costs a hash of the prompt, so after a refusal no request is asked again before
         something has changed: an end, a transfer, a computed chunk, a newcomer, a quantum of work.
+
+        Returns:
+            Whether anybody was asked.
         """
         ask = self._changed or (self.waiting > 0 and self.turns.due())
         if not (self._preempted or (ask and self.waiting)):
-            return
+            return False
         if not pressed:
             self._changed = False
         walk = self.turns.walk(self._waiting, self._preempted, ask=ask, pressed=pressed)
@@ -398,6 +404,7 @@ class Scheduler:
             if refusal is not None and self._page_out_for(candidate, refusal, now):
                 refusal = None
             walk.answer(refusal)
+        return True
 
     def _try(self, candidate: Candidate, now: float) -> Deferred | None:
         if isinstance(candidate, Request):
@@ -507,7 +514,7 @@ class Scheduler:
         wanted: list[tuple[Sequence, int]] = []
         # Where the step brings an interactive app its first token, nobody else's prompt delays it.
         answered = PriorityClass.BACKGROUND
-        for sequence, at_most in self.turns.prefilling(self._sequences.values(), ready):
+        for sequence, at_most in self.turns.prefilling():
             klass = sequence.request.klass
             if budget <= 0 or klass > answered:
                 break

@@ -6,7 +6,7 @@ in next, whose decode and whose prompt a step computes, and who is paged out. It
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -53,8 +53,13 @@ class Turns:
         self._policies: dict[str, AppPolicy] = {}
         self._departed: dict[str, None] = {}
         """Apps without a request, the one that left first first."""
+        self._limited: set[str] = set()
+        """Apps of which only so many requests may run."""
         self._running: dict[str, set[int]] = {}
-        """Requests that have begun, by app."""
+        """Requests that have begun, by app; kept while any app is limited."""
+        self._decoding: dict[Flow, list[Sequence]] = {}
+        self._prompts: dict[Flow, list[Sequence]] = {}
+        """Who may decode, and whose prompts may be computed, as of the last look."""
         self._charges: deque[list[tuple[Flow, float]]] = deque()
         """Of the steps in flight, oldest first."""
         self._unmet: set[Flow] = set()
@@ -73,6 +78,7 @@ class Turns:
     def tell(self, key: str, policy: AppPolicy) -> None:
         """What holds for the app from now on."""
         self._policies[key] = policy
+        (self._limited.add if policy.max_running else self._limited.discard)(key)
         self._departed.pop(key, None)
         self.fair.set_weight(policy.id, policy.weight)
 
@@ -83,6 +89,7 @@ class Turns:
             oldest = next(iter(self._departed))
             del self._departed[oldest]
             policy = self._policies.pop(oldest, None)
+            self._limited.discard(oldest)
             if policy is not None:
                 self.fair.forget(policy.id)
 
@@ -103,35 +110,70 @@ class Turns:
 
     # ------------------------------------------------------------------------------------ a step
 
-    def survey(self, waiting: WaitingQueue, sequences: Iterable[Sequence], now: float) -> None:
-        """Look whose demand is not being met. Before anything else of a plan."""
+    def survey(
+        self, waiting: WaitingQueue, sequences: Iterable[Sequence], now: float
+    ) -> list[Sequence]:
+        """Look whose demand is not being met, before anything else of a plan.
+
+        Returns:
+            Those whose next step is to compute the token that was drawn last.
+        """
         self._now = now
         unmet: dict[Flow, int] = {}
-        running: dict[str, set[int]] = defaultdict(set)
-        self._running = running
-        served: set[Flow] = set()
-        for sequence in sequences:
-            request = sequence.request
-            running[request.app].add(request.rid)
-            if request.paused or request.outgrown:
-                continue
-            if sequence.state is SequenceState.PREEMPTED:
-                unmet.setdefault(self.flow(request), 0)
-            elif sequence.pending > 1:
-                flow = self.flow(request)
-                unmet[flow] = unmet.get(flow, 0) + sequence.pending - 1
-                served.add(flow)
-            elif sequence.state is SequenceState.RUNNING:
-                served.add(self.flow(request))
+        self._served.clear()
+        decodes = self.look(sequences, unmet)
         for request in waiting.heads():
             flow = self.flow(request)
             if flow not in self._at_ceiling and not self.at_limit(request.app):
                 unmet.setdefault(flow, 0)
-        self._unmet = set(unmet)
-        self._served = served & self._unmet
+        if unmet or self._unmet:
+            self._unmet = set(unmet)
+            self.fair.survey(unmet, now)
+        self._served &= self._unmet
         if len(self._persons) > _MOST_PERSONS:
             self._persons = {f: at for f, at in self._persons.items() if now - at < PERSON_S}
-        self.fair.survey(unmet, now)
+        return decodes
+
+    def look(
+        self, sequences: Iterable[Sequence], unmet: dict[Flow, int] | None = None
+    ) -> list[Sequence]:
+        """One pass over all sequences, for whatever is asked until the next one.
+
+        Args:
+            sequences: The live ones, oldest first.
+            unmet: Gets whose demand is not met, with prompt tokens that are let in and not
+                computed.
+
+        Returns:
+            Those whose next step is to compute the token that was drawn last.
+        """
+        decodes: list[Sequence] = []
+        self._decoding, self._prompts = {}, {}
+        self._running.clear()
+        demand = {} if unmet is None else unmet
+        for sequence in sequences:
+            request = sequence.request
+            flow = request.flow or self.flow(request)
+            if self._limited:
+                self._running.setdefault(request.app, set()).add(request.rid)
+            if sequence.state is SequenceState.PREEMPTED:
+                if not (request.paused or request.outgrown):
+                    demand.setdefault(flow, 0)
+                continue
+            pending = sequence.pending
+            if pending > 1 and not request.paused:
+                demand[flow] = demand.get(flow, 0) + pending - 1
+            if not sequence.runs:
+                continue
+            self._served.add(flow)
+            if pending == 1 and sequence.until < 0:
+                decodes.append(sequence)
+                self._decoding.setdefault(flow, []).append(sequence)
+            elif sequence.computable > 0:
+                self._prompts.setdefault(flow, []).append(sequence)
+        if unmet is None:
+            self._served &= self._unmet
+        return decodes
 
     def at_limit(self, app: str) -> bool:
         """Whether as many of its requests run as may."""
@@ -141,22 +183,24 @@ class Turns:
     def charge(self, step: Step, sequences: Iterable[Sequence]) -> None:
         """A step is launched: 1 for each prompt token computed for the first time, `W_OUT` for each
         token drawn. What is computed again after a preemption was paid for."""
-        sums: dict[Flow, float] = {}
+        sums: dict[Flow, int] = {}
+        epoch = step.epoch
         for run, sequence in zip(step.runs, sequences, strict=True):
-            sequence.stepped = step.epoch
-            units = float(W_OUT * len(run.draws))
-            prompt_end = min(run.start + len(run.tokens), len(sequence.request.prompt))
-            fresh = prompt_end - max(run.start, sequence.charged)
-            if fresh > 0:
-                units += fresh
-                sequence.charged = prompt_end
+            sequence.stepped = epoch
+            request = sequence.request
+            units = W_OUT * len(run.draws)
+            if sequence.charged < len(request.prompt):
+                prompt_end = min(run.start + len(run.tokens), len(request.prompt))
+                if prompt_end > sequence.charged:
+                    units += prompt_end - max(run.start, sequence.charged)
+                    sequence.charged = prompt_end
             if units:
-                flow = self.flow(sequence.request)
-                if flow.klass is PriorityClass.INTERACTIVE:
-                    self._persons[flow] = self._now
-                sums[flow] = sums.get(flow, 0.0) + units
+                flow = request.flow or self.flow(request)
+                sums[flow] = sums.get(flow, 0) + units
         for flow, units in sums.items():
             self.fair.charge(flow, units, self._now)
+            if flow.klass is PriorityClass.INTERACTIVE:
+                self._persons[flow] = self._now
         self._charges.append(list(sums.items()))
 
     def retired(self) -> None:
@@ -175,29 +219,16 @@ class Turns:
 
     # ---------------------------------------------------------------------------- whose step it is
 
-    def pace(self, sequences: Iterable[Sequence], now: float) -> Pace:
+    def pace(self) -> Pace:
         """How long the next step may take, by what there is to compute."""
-        prompts: PriorityClass | None = None
-        decodes: PriorityClass | None = None
-        asking: set[Flow] = set()
-        flows: set[Flow] = set()
-        for sequence in sequences:
-            klass = sequence.request.klass
-            if not sequence.runs:
-                continue
-            flows.add(self.flow(sequence.request))
-            if sequence.pending > 1:
-                prompts = klass if prompts is None else min(prompts, klass)
-                if klass is PriorityClass.INTERACTIVE:
-                    asking.add(self.flow(sequence.request))
-            else:
-                decodes = klass if decodes is None else min(decodes, klass)
+        flows = self._decoding.keys() | self._prompts.keys()
+        persons = {flow for flow, at in self._persons.items() if self._now - at < PERSON_S}
+        asking = {flow for flow in self._prompts if flow.klass is PriorityClass.INTERACTIVE}
         first = set(self.fair.work_order(asking)[:1])
-        persons = {flow for flow, at in self._persons.items() if now - at < PERSON_S} | asking
         return pace(
-            prompts,
-            decodes,
-            person=bool(persons - first),
+            min((flow.klass for flow in self._prompts), default=None),
+            min((flow.klass for flow in self._decoding), default=None),
+            person=bool((persons | asking) - first),
             alone=len(flows) == 1 and persons <= flows,
         )
 
@@ -208,6 +239,8 @@ class Turns:
         Neither takes part, for as long as it lasts, who is ahead of an app whose prompts or decodes
         are under way by one and a half quanta, in spite of all that keeps apps together otherwise.
         """
+        if not self._served and len(decodes) <= most:
+            return decodes
         by_flow = self._by_flow(decodes)
         for flow in list(by_flow):
             if any(self.fair.too_far_ahead(flow, other, quanta=1.5) for other in self._served):
@@ -224,32 +257,30 @@ class Turns:
             chosen += line[: max(0, most - len(chosen))]
         return chosen
 
-    def prefilling(
-        self, sequences: Iterable[Sequence], decodes: Iterable[Sequence]
-    ) -> Iterator[tuple[Sequence, int]]:
-        """Whose prompts are to be computed beside ``decodes``, by turn, the oldest of an app first;
-        with each, the most tokens it may get in this step.
+    def prefilling(self) -> Iterator[tuple[Sequence, int]]:
+        """Whose prompts are to be computed, by turn, the oldest of an app first; with each, the
+        most tokens it may get in this step.
 
         An owed class gets no more than it is owed before the classes above it. An app that is ahead
         of another that decodes, and has more to do than it gets, gets nothing: a decoding sequence
         takes one token a step, so its app can only catch up by steps that are short.
         """
-        by_flow = self._by_flow(
-            s for s in sequences if s.runs and not s.decodes and s.computable > 0
-        )
-        top = min((flow.klass for flow in by_flow), default=None)
-        decoding = {self.flow(s.request) for s in decodes} & self._unmet
-        for flow in self.fair.work_order(by_flow):
+        if not self._prompts:
+            return
+        top = min(flow.klass for flow in self._prompts)
+        decoding = self._decoding.keys() & self._unmet
+        for flow in self.fair.work_order(self._prompts):
             if any(self.fair.too_far_ahead(flow, other) for other in decoding):
                 continue
             owed = self.fair.owed(flow.klass) if flow.klass != top else 0
-            for sequence in by_flow[flow]:
+            for sequence in self._prompts[flow]:
                 yield sequence, owed or sequence.computable
 
     def _by_flow(self, sequences: Iterable[Sequence]) -> dict[Flow, list[Sequence]]:
         by_flow: dict[Flow, list[Sequence]] = {}
         for sequence in sequences:
-            by_flow.setdefault(self.flow(sequence.request), []).append(sequence)
+            request = sequence.request
+            by_flow.setdefault(request.flow or self.flow(request), []).append(sequence)
         return by_flow
 
     # ----------------------------------------------------------------------------- who is paged out
