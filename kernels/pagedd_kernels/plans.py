@@ -3,8 +3,8 @@
 A bad number of splits is the performance bug every public attention kernel has had: too few, and
 one long sequence keeps a few multiprocessors busy; too many, and short ones spend their time on
 merging. The host knows upper bounds only (a CUDA graph is captured once for all lengths), so a plan
-fixes how many splits there may be and how few tokens are worth one; how many of them a sequence
-then uses follows on the device from its real length.
+fixes how many parts there may be and how few keys are worth one; who gets how many follows on the
+device from the real lengths.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pagedd_kernels.batch import AttentionShape
 
 ROWS = 16
 """The least rows a tensor core takes: query heads are padded to it."""
+FEW = 4
+"""Sequences up to which decoding takes longer tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,13 @@ def decode_plan(
     """How to decode ``sequences`` of up to ``max_context`` tokens.
 
     Measured on an H200 (32 query and 8 KV heads of 128): four programs of two warps per
-    multiprocessor read best; up to four sequences two of four warps with longer tiles, since there
+    multiprocessor read best; up to `FEW` sequences two of four warps with longer tiles, since there
     each part is little more than one tile, and the tile is what takes the time (8.4 us instead of
     9.1 for one sequence of 2,048). Two stages keep one tile in flight per program, and as many
     programs resident.
     """
     longest = min(max_context, shape.window) if shape.window else max_context
-    few = sequences <= 4 and shape.head_dim <= 128
+    few = sequences <= FEW and shape.head_dim <= 128
     tile = 128 if few else 64 if shape.head_dim <= 128 else 32
     spare = ceil_div((2 if few else 4) * multiprocessors, shape.kv_heads)
     if 2 * sequences * shape.kv_heads >= 3 * multiprocessors:

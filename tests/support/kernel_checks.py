@@ -78,6 +78,8 @@ def decode(target: Target, shape: AttentionShape) -> None:
     for plan in plans if target.device == "cpu" else [None, *plans]:
         out = torch.full_like(w.q, torch.nan)
         target.close(decode_attention(w.q, w.kv, 1, w.batch, shape, out, plan), expected)
+    few = target.world(shape, [(1, 300), (1, 17)])
+    target.close(decode_attention(few.q, few.kv, 1, few.batch, shape), _expected(few))
 
 
 def varlen(target: Target, shape: AttentionShape) -> None:

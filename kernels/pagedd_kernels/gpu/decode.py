@@ -10,7 +10,7 @@ from torch import Tensor
 from pagedd_kernels.batch import AttentionShape, StepBatch
 from pagedd_kernels.gpu.device import multiprocessors
 from pagedd_kernels.gpu.softmax import Parts, blocks_of, offsets_of, scores_of, take_in
-from pagedd_kernels.plans import ROWS, DecodePlan, decode_plan, power_of_two
+from pagedd_kernels.plans import FEW, ROWS, DecodePlan, decode_plan, power_of_two
 
 # Lengths change with every step, and metadata lies wherever the runner packs it: neither may
 # lead to another compilation in traffic.
@@ -194,7 +194,8 @@ def decode_attention(
         PAD=power_of_two(shape.head_dim),
         BLOCK_TOKENS=shape.block_tokens,
         TILE=plan.tile,
-        SEQUENCES=16 if sequences <= 16 else max(256, power_of_two(sequences)),
+        # Two widths, and the plan changes its tile at the same place: fewer kernels to warm up.
+        SEQUENCES=16 if sequences <= FEW else max(256, power_of_two(sequences)),
         MIXED=mixed,
         CAPPED=shape.soft_cap > 0,
         AFFINE=affine,
