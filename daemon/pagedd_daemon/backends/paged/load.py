@@ -162,30 +162,57 @@ def serve(
     buckets = None
     if cuda:
         step_tokens = _rehearse(runner, step_tokens)
-        mixed = tuple(size for size in MIXED_BUCKETS if size <= step_tokens)
-        buckets = Buckets(decode_buckets(MOST_SEQUENCES), mixed, MOST_SEQUENCES)
-        shapes = buckets.shapes()
-        for at, bucket in enumerate(shapes):
-            runner.capture(bucket)
-            progress((at + 1) / len(shapes))
+        buckets = _capture(runner, step_tokens, progress)
         arena.resize(wishes.kv_tokens // BLOCK_TOKENS or _cuda_blocks(device, shape, arena))
-    blocks = arena.blocks
-    if wishes.kv_tokens:
-        blocks = min(blocks, wishes.kv_tokens // BLOCK_TOKENS)
-    if blocks < max(2, wishes.kv_tokens // BLOCK_TOKENS):
-        _refuse_pool(wishes, shape, blocks)
-    ram_blocks = wishes.ram_bytes // shape.block_bytes
+    caps = _capabilities(model, wishes, shape, arena.blocks, step_tokens)
     page_values = shape.block_bytes // shape.dtype.itemsize
-    caps = Capabilities(
+    ram = RamTier(caps.ram_blocks, page_values, shape.dtype, lock=cuda)
+    backend = PagedBackend(model, arena, ram, caps, runner, limits, buckets, counter)
+    log.info("graphs and largest step after %.1f s", time.monotonic() - begun)
+    if counter is not None and buckets is not None:
+        beyond = buckets.mixed[-1] + 8
+        sizes = {beyond, 2 * beyond, step_tokens}
+        eager = sorted(n for n in sizes if beyond <= n <= step_tokens)
+        warm_up(backend, (1, 16, MOST_SEQUENCES), tuple(eager))
+        counter.reset()
+        log.info("warmed up after %.1f s", time.monotonic() - begun)
+    return backend
+
+
+def _capture(runner: Runner, step_tokens: int, progress: Callable[[float], None]) -> Buckets:
+    """Make the graphs of all buckets."""
+    mixed = tuple(size for size in MIXED_BUCKETS if size <= step_tokens)
+    buckets = Buckets(decode_buckets(MOST_SEQUENCES), mixed, MOST_SEQUENCES)
+    shapes = buckets.shapes()
+    for at, bucket in enumerate(shapes):
+        runner.capture(bucket)
+        progress((at + 1) / len(shapes))
+    return buckets
+
+
+def _capabilities(
+    model: Model, wishes: Wishes, shape: PoolShape, there: int, step_tokens: int
+) -> Capabilities:
+    """What the engine is told, with a pool of ``there`` blocks or as many as were asked for.
+
+    Raises:
+        ModelLoadError: More blocks were asked for, or there are hardly any.
+    """
+    asked = wishes.kv_tokens // BLOCK_TOKENS
+    blocks = min(there, asked) if asked else there
+    if blocks < max(2, asked):
+        _refuse_pool(wishes, shape, blocks)
+    cuda = model.device.type == "cuda"
+    return Capabilities(
         name="torch",
-        device=_device_name(device),
+        device=_device_name(model.device),
         model_digest=wishes.model_digest,
         kv_dtype=_KV_NAMES[model.dtype],
-        vocab_size=config.vocab_size,
+        vocab_size=model.config.vocab_size,
         context_tokens=min(model.context_tokens, (blocks - 1) * BLOCK_TOKENS),
-        eog_tokens=wishes.eog_tokens | config.eog_tokens,
+        eog_tokens=wishes.eog_tokens | model.config.eog_tokens,
         gpu_blocks=blocks,
-        ram_blocks=ram_blocks,
+        ram_blocks=wishes.ram_bytes // shape.block_bytes,
         block_tokens=BLOCK_TOKENS,
         block_bytes=shape.block_bytes,
         max_sequences=MOST_SEQUENCES,
@@ -194,17 +221,6 @@ def serve(
         keep_cached_on_gpu=True,
         notice="" if cuda else "The torch backend computes on the CPU: it found no CUDA device.",
     )
-    ram = RamTier(ram_blocks, page_values, shape.dtype, lock=cuda)
-    backend = PagedBackend(model, arena, ram, caps, runner, limits, buckets, counter)
-    log.info("warming up: graphs and largest step in %.1f s", time.monotonic() - begun)
-    if counter is not None and buckets is not None:
-        beyond = buckets.mixed[-1] + 8
-        sizes = {beyond, 2 * beyond, caps.max_step_tokens}
-        eager = sorted(n for n in sizes if beyond <= n <= caps.max_step_tokens)
-        warm_up(backend, (1, 16, MOST_SEQUENCES), tuple(eager))
-        counter.reset()
-        log.info("warmed up in %.1f s", time.monotonic() - begun)
-    return backend
 
 
 _KV_NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16"}
