@@ -152,6 +152,12 @@ def test_any_event_is_read_or_a_pagedd_error(kind: str, fields: dict[str, Any]) 
         Assembly().take({"id": "r1", "seq": 0, "type": kind, **fields})
 
 
+def test_token_ids_of_an_odd_length_are_a_violation_of_the_protocol() -> None:
+    event = {"id": "r1", "seq": 0, "type": "chunk", "index": 0, "text": "", "tokens": b"abcde"}
+    with pytest.raises(pagedd.ProtocolViolation):
+        Assembly().take(event)
+
+
 def test_a_resend_of_a_request_without_a_stream_is_the_same_request() -> None:
     core = Core()
     call, request = core.open("tokenize", {"text": "x", "bos": None})

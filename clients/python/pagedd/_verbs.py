@@ -123,7 +123,13 @@ def pack_tokens(tokens: Sequence[int]) -> bytes:
 
 
 def unpack_tokens(data: bytes) -> tuple[int, ...]:
-    """Token ids of a ``bin`` of the wire."""
+    """Token ids of a ``bin`` of the wire.
+
+    Raises:
+        ValueError: Its length is no multiple of 4.
+    """
+    if len(data) % 4:
+        raise ValueError(f"{len(data)} bytes are no packed int32")
     return struct.unpack(f"<{len(data) // 4}i", data)
 
 
