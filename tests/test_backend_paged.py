@@ -355,6 +355,24 @@ def test_a_step_that_runs_out_of_memory_is_computed_in_pieces(model: Decoder) ->
             driver.check(seq, Plain(model).judge)
 
 
+def test_penalties_count_a_token_once_though_its_step_ran_out_of_memory(model: Decoder) -> None:
+    faulty, backend = faulty_backend(model)
+    with closing(backend):
+        one, text = greedy(VOCAB, frequency_penalty=3.0), prompt(30, 10)
+        handles = [backend.launch(Step(1, [Run(1, 0, ids(text), ids([0]), [Draw(1, one)])]))]
+        faulty.most_tokens = LEAST_PIECE_TOKENS + 10
+        long = Run(2, 0, ids(prompt(31, 300)), ids(range(2, 21)), ())
+        for at in range(10, 13):
+            pending = Run(1, at, ids([PENDING]), ids([0]), [Draw(1, one)])
+            runs = [pending, long] if at == 10 else [pending]
+            handles.append(backend.launch(Step(at, runs)))
+            ((_, drawn),) = backend.collect(handles.pop(0)).drawn
+            logits = Plain(model).logits(text)[-1:].astype(np.float32)
+            assert drawn == draw(logits, [(0, one)])[0]
+            one.accept(drawn.token)
+            text.append(drawn.token)
+
+
 def test_a_step_that_does_not_even_fit_in_the_smallest_pieces_is_refused(model: Decoder) -> None:
     faulty, backend = faulty_backend(model)
     with closing(backend):

@@ -32,7 +32,7 @@ from pagedd_daemon.backends.paged.arena import PADDING_BLOCKS, Arena
 from pagedd_daemon.backends.paged.caches import CompileCounter
 from pagedd_daemon.backends.paged.layout import Buckets, Layout, StepShape, layout
 from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
-from pagedd_daemon.backends.paged.sampling import CountTable, Wanted, stage
+from pagedd_daemon.backends.paged.sampling import CountTable, StagedDraw, Wanted, stage
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.staging import HostBuffer, fill
 from pagedd_daemon.backends.paged.transfers import Transfers
@@ -282,19 +282,27 @@ class PagedBackend:
             self._begun.record()
             self._begun = None
         buffer.copy_to(self._runner.inputs, staged.end)
-        logits = self._runner.run(where, filled.max_query)
-        if not wanted:
-            return
-        rows = [one.row for one in wanted]
-        if len(rows) > rows[-1] + 1:  # several draws from one row
-            index = torch.tensor(rows, pin_memory=self._cuda)
-            logits = logits[index.to(logits.device, non_blocking=True)]
-        sampled = sample(logits[: len(rows)], staged.params(self._runner.inputs))
-        first, count = len(draws), len(rows)
+        try:
+            logits = self._runner.run(where, filled.max_query)
+            if not wanted:
+                return
+            sampled = self._draw(logits, wanted, staged)
+        except torch.OutOfMemoryError:
+            if staged.counts is not None:
+                self._counts.undo(wanted)
+            raise
+        first, count = len(draws), len(wanted)
         self._runner.drawn[first : first + count] = sampled.tokens
         if sampled.logprobs is not None:
             scored.append(self._send_logprobs(first, sampled))
         draws += [draw for _, draw in asked]
+
+    def _draw(self, logits: Tensor, wanted: Sequence[Wanted], staged: StagedDraw) -> Sampled:
+        rows = [one.row for one in wanted]
+        if len(rows) > rows[-1] + 1:  # several draws from one row
+            index = torch.tensor(rows, pin_memory=self._cuda)
+            logits = logits[index.to(logits.device, non_blocking=True)]
+        return sample(logits[: len(rows)], staged.params(self._runner.inputs))
 
     def _layout(self, runs: Sequence[Run]) -> tuple[Layout, bool]:
         """Where the arrays of a step lie, and whether there is a graph for it."""

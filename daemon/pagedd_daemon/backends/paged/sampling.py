@@ -70,6 +70,13 @@ class CountTable:
         assert self._table is not None
         return found, self._table
 
+    def undo(self, wanted: Sequence[Wanted]) -> None:
+        """The draws that `rows` was asked for last did not happen."""
+        for one in wanted:
+            seen = self._rows.get(id(one.sampler))
+            if seen is not None and seen.used == self._draws:
+                seen.generated -= 1
+
     def _row_of(self, one: Wanted) -> int:
         sampler = one.sampler
         seen = self._rows.get(id(sampler))
