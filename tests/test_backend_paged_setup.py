@@ -17,9 +17,17 @@ from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.messages import Configure
 
 
-def configure(path: Path, **changes: int) -> Configure:
-    values = {"context_tokens": 0, "kv_tokens": 0, "ram_bytes": 0, "threads": 1, **changes}
-    return Configure(backend="torch", model_path=str(path), model_digest=bytes(32), **values)
+def configure(path: Path, vocab_size: int = 0) -> Configure:
+    return Configure(
+        backend="torch",
+        model_path=str(path),
+        model_digest=bytes(32),
+        context_tokens=0,
+        kv_tokens=0,
+        ram_bytes=0,
+        threads=1,
+        vocab_size=vocab_size,
+    )
 
 
 @pytest.fixture
