@@ -31,27 +31,27 @@ class SequenceState(Enum):
 class TokenBuffer:
     """Token ids that grow at the end: int32, doubling, sliced without copies."""
 
-    __slots__ = ("_data", "_length")
+    __slots__ = ("_data", "length")
 
     def __init__(self, tokens: Tokens, room: int) -> None:
         """A copy of ``tokens``, with room for more."""
         self._data = np.empty(max(len(tokens) + room, 16), dtype=np.int32)
         self._data[: len(tokens)] = tokens
-        self._length = len(tokens)
+        self.length = len(tokens)
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def append(self, token: int) -> None:
         """Add one id."""
-        if self._length == len(self._data):
+        if self.length == len(self._data):
             self._data = np.concatenate([self._data, np.empty_like(self._data)])
-        self._data[self._length] = token
-        self._length += 1
+        self._data[self.length] = token
+        self.length += 1
 
     def view(self, start: int, stop: int) -> Tokens:
         """Ids ``start`` to ``stop``, shape ``(stop - start,)``; valid until the next append."""
-        assert 0 <= start <= stop <= self._length
+        assert 0 <= start <= stop <= self.length
         return self._data[start:stop]
 
 
@@ -87,6 +87,10 @@ class Request:
     """Its app and class, once the scheduler has asked whose it is."""
     bypassed: int = 0
     """Requests of its class that came in past it while it lacked room."""
+    prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.prompt)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +100,9 @@ class Sequence:
     ``computed`` of them are in the pool, or will be when the steps in flight are over; the others
     wait to be a step's input. While decoding that is exactly the last one, which may not even be
     drawn yet: then a step in flight is ``drawing`` it.
+
+    The properties are asked several times per sequence and step, for up to 256 of them: they are
+    written to call nothing.
     """
 
     seq: int
@@ -118,26 +125,30 @@ class Sequence:
     @property
     def computable(self) -> int:
         """Known tokens that may be computed now."""
-        return (len(self.tokens) if self.until < 0 else self.until) - self.computed
+        return (self.tokens.length if self.until < 0 else self.until) - self.computed
 
     @property
     def pending(self) -> int:
         """Tokens that no step has had as input yet; at least 1 while it lives."""
-        return len(self.tokens) + self.drawing - self.computed
+        return self.tokens.length + self.drawing - self.computed
 
     @property
     def generated(self) -> int:
         """Tokens drawn so far."""
-        return len(self.tokens) - len(self.request.prompt)
+        return self.tokens.length - self.request.prompt_tokens
 
     @property
     def runs(self) -> bool:
         """Whether it may take part in a step."""
-        if self.state is not SequenceState.RUNNING or self.request.paused:
+        request = self.request
+        if self.state is not SequenceState.RUNNING or request.paused:
             return False
         if not self.drawing:
             return True
-        return self.generated + self.drawing < self.request.stop.max_tokens and not self.will_fork
+        generated = self.tokens.length - request.prompt_tokens
+        if generated + self.drawing >= request.stop.max_tokens:
+            return False
+        return generated > 0 or request.samples == 1
 
     @property
     def will_fork(self) -> bool:
@@ -152,7 +163,9 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether its next step is to compute the token that was drawn last."""
-        return self.pending == 1 and self.runs and self.until < 0
+        if self.tokens.length + self.drawing - self.computed != 1 or self.until >= 0:
+            return False
+        return self.runs
 
 
 class WaitingQueue:
