@@ -272,3 +272,18 @@ def test_failing_transfers_never_change_a_text() -> None:
     backend = SimulatedBackend.from_configure(configure, verify=True, faults=faults)
     scenario = Scenario(Driver(backend), Plain().judge, 60)
     scenario.play(600)
+
+
+def test_a_second_step_begins_when_the_first_has_ended() -> None:
+    now = [0.0]
+
+    def wait(moment: float) -> None:
+        now[0] = max(now[0], moment)
+
+    backend = SimulatedBackend(
+        Bench().backend.capabilities, step_s=0.010, clock=lambda: now[0], wait=wait
+    )
+    steps = [backend.launch(Step(epoch, [])) for epoch in (1, 2)]
+    for step in steps:
+        backend.collect(step)
+    assert now[0] == pytest.approx(0.020)

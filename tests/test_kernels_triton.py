@@ -12,6 +12,7 @@ import triton.language as tl
 from pagedd_kernels import references
 from pagedd_kernels.gpu import sampling as sampler
 from pagedd_kernels.gpu.decode import _work_of, decode_attention
+from pagedd_kernels.gpu.softmax import Parts
 from pagedd_kernels.gpu.varlen import varlen_attention
 from tests.support.kernel_checks import Target, checks, sampling
 from tests.support.kernels import close, shape_of, world
@@ -96,3 +97,12 @@ def test_blocks_beyond_two_to_the_31st_element_are_found() -> None:
         attention = decode_attention if w.batch.max_query == 1 else varlen_attention
         expected = references.paged_attention(w.q, w.kv, 1, w.batch, shape)
         close(attention(w.q, kv, 1, w.batch, shape), expected, 1e-5)
+
+
+def test_rows_of_padding_have_nothing_to_merge() -> None:
+    torch.use_deterministic_algorithms(True)  # fills what `empty` returns
+    try:
+        parts = Parts(torch.zeros(8, 4, 64), rows=8, heads=4, splits=4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not parts.used.any(), "no program writes the count of a row that no sequence has"

@@ -137,6 +137,8 @@ class SimulatedBackend:
         self._transfers = 0
         self._pending: deque[tuple[Store | Load, int, int]] = deque()
         self._polls = 0
+        self._busy_until = 0.0
+        """When the device has done all that was launched."""
         self._tokens: dict[int, int] = {}
         """What the last step drew for each of its sequences that has one draw."""
         self._noise = noise(1 << 16, capabilities.vocab_size)
@@ -256,7 +258,7 @@ class SimulatedBackend:
 
     def launch(self, step: Step) -> _Handle:
         """See `Backend`."""
-        begin = self._clock()
+        begin = max(self._clock(), self._busy_until)
         number, self._steps = self._steps, self._steps + 1
         seconds = self._step_s + self._token_s * sum(len(run.tokens) for run in step.runs)
         drawn: list[tuple[int, Drawn]] | None = None
@@ -268,6 +270,7 @@ class SimulatedBackend:
         else:
             drawn = self._compute(step.runs)
         hangs = number == self.faults.hang_at_step
+        self._busy_until = begin + seconds
         return _Handle(step.epoch, drawn, begin + seconds, seconds, hangs)
 
     def collect(self, handle: Handle) -> StepResult:

@@ -144,8 +144,11 @@ class Parts:
         self.values = torch.empty(places, dim, dtype=torch.float32, device=out.device)
         self.peaks = torch.empty(places, dtype=torch.float32, device=out.device)
         self.totals = torch.empty(places, dtype=torch.float32, device=out.device)
-        width = heads if items is None else 2
-        self.used = torch.empty(rows, width, dtype=torch.int32, device=out.device)
+        if items is None:
+            # Rows of padding belong to no sequence: nobody writes how many parts they have.
+            self.used = torch.zeros(rows, heads, dtype=torch.int32, device=out.device)
+        else:
+            self.used = torch.empty(rows, 2, dtype=torch.int32, device=out.device)
 
     def merge(self, starts: Tensor | None) -> None:
         """Finish the rows of ``out`` that took several parts.
