@@ -33,6 +33,7 @@ from pagedd_daemon.backends.paged.layout import (
     layout,
 )
 from pagedd_daemon.backends.paged.load import Wishes, serve
+from pagedd_daemon.backends.paged.staging import device_arrays
 from pagedd_daemon.backends.paged.warmup import warm_up
 from pagedd_daemon.engine.sampler import Sampler, draw
 from pagedd_daemon.models.decoder import Decoder
@@ -481,3 +482,18 @@ def test_warming_up_draws_in_every_way_and_leaves_the_backend_as_it_was(model: D
         driver.prefill(1)
         driver.generate([1], 5)
         driver.check(1, Plain(model).judge)
+
+
+@pytest.mark.parametrize("shape", [StepShape(24, 24, 24, True), StepShape(48, 9, 8, False)])
+def test_every_row_of_a_step_of_padding_belongs_to_a_sequence(
+    model: Decoder, shape: StepShape
+) -> None:
+    with closing(tiny_backend(model)) as backend:
+        runner, where = backend._runner, layout(shape)
+        runner._pad(where)
+        arrays = device_arrays(runner.inputs, where)
+        starts = arrays.query_starts.tolist()
+        assert starts == sorted(starts)
+        assert (starts[0], starts[-1]) == (0, shape.tokens)
+        assert not arrays.context_lens.any()
+        assert not shape.decode or starts == list(range(shape.tokens + 1))

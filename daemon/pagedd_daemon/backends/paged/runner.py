@@ -119,7 +119,7 @@ class Runner:
         """Make the graph of a bucket; on the current stream, which must not be the default one."""
         where = layout(shape)
         most = 1 if shape.decode else shape.tokens
-        self.inputs.zero_()
+        self._pad(where)
         # Kernels are compiled and libraries set up outside of the capture.
         self._compute(where, most)
         graph = torch.cuda.CUDAGraph()
@@ -136,8 +136,17 @@ class Runner:
         allocated then."""
         sequences = min(tokens, self._limits.sequences)
         where = layout(StepShape(tokens, sequences, sequences, False))
-        self.inputs.zero_()
+        self._pad(where)
         self._compute(where, tokens)
+
+    def _pad(self, where: Layout) -> None:
+        """A step of padding, each row of which belongs to a sequence, as the kernels ask."""
+        self.inputs.zero_()
+        starts = device_arrays(self.inputs, where).query_starts
+        if where.shape.decode:
+            starts.copy_(torch.arange(len(starts)))
+        else:
+            starts[1:] = where.shape.tokens
 
     def close(self) -> None:
         """Give graphs and buffers back."""
