@@ -15,6 +15,7 @@ from torch.nn import functional
 from pagedd_kernels import references
 from pagedd_kernels.batch import AttentionShape, StepBatch
 from pagedd_kernels.params import Sampled, SampleParams
+from pagedd_kernels.plans import linear_plan
 
 Gate: TypeAlias = Literal["silu", "gelu_tanh"]
 
@@ -154,6 +155,12 @@ def copy_blocks(kv: Tensor, src: Tensor, dst: Tensor) -> None:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [M, K] with [N, K] gives [M, N]."""
+    if x.is_cuda and x.element_size() == 2:
+        plan = linear_plan(x.shape[0], weight.shape[0])
+        if plan is not None:
+            from pagedd_kernels.gpu import linear as narrow
+
+            return narrow.linear(x, weight, plan)
     return functional.linear(x, weight)
 
 

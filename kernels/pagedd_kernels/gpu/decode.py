@@ -194,7 +194,7 @@ def decode_attention(
         PAD=power_of_two(shape.head_dim),
         BLOCK_TOKENS=shape.block_tokens,
         TILE=plan.tile,
-        # Two widths, and the plan changes its tile at the same place: fewer kernels to warm up.
+        # Two widths: more would be kernels to warm up. Dividing 256 takes 3 us, dividing 16 none.
         SEQUENCES=16 if sequences <= FEW else max(256, power_of_two(sequences)),
         MIXED=mixed,
         CAPPED=shape.soft_cap > 0,
