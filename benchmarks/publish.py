@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.report import RESULTS, ROOT, shown
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-TARGET = "bench-cpu"
+TARGETS = ("bench-cpu", "bench-gpu")
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
@@ -37,9 +37,9 @@ def table(document: Mapping[str, Any], source: str) -> str:
 
 
 def tables(results: Path) -> str:
-    """Every full run of `TARGET` in ``results``; quick ones are not for quoting."""
+    """Every full run of the `TARGETS` in ``results``; quick ones are not for quoting."""
     sections = []
-    for path in sorted(results.glob(f"{TARGET}-*.json")):
+    for path in (path for target in TARGETS for path in sorted(results.glob(f"{target}-*.json"))):
         document = json.loads(path.read_text(encoding="utf-8"))
         if not document["quick"]:
             sections.append(table(document, path.name))
