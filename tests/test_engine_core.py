@@ -402,3 +402,37 @@ def test_a_front_computed_while_the_back_is_loaded_changes_nobodys_text(
         assert tight.outcomes[rid].tokens == quiet.outcomes[rid].tokens
         assert tight.outcomes[rid].reasons == {0: "length"}
     assert tight.engine._pool.pager.stats().restores > 2
+
+
+def test_a_message_that_waits_is_handled_after_the_step_at_hand() -> None:
+    bench = Bench(llama=True)
+    bench.submit(1, prompt_of(1, 30), max_tokens=40)
+    for _ in range(3):
+        bench.step()
+    steps = bench.engine.steps
+    bench.engine.step(lambda report: None, lambda: True)
+    assert bench.engine.steps == steps + 1
+
+
+def test_steps_that_nothing_interrupts_follow_one_another_while_tokens_may_wait() -> None:
+    bench = Bench(llama=True)
+    bench.submit(1, prompt_of(1, 30), max_tokens=40)
+    bench.step()
+    steps, reports = bench.engine.steps, len(bench.step())
+    # Steps take 12 ms: three fit into the 40 ms that a token may be held back.
+    assert (bench.engine.steps - steps, reports) == (3, 1)
+
+
+def test_what_was_drawn_before_a_step_failed_is_said() -> None:
+    bench = Bench(llama=True)
+    bench.submit(1, prompt_of(1, 30), max_tokens=40)
+    bench.step()
+    before = len(bench.outcomes[1].tokens[0])
+    bench.backend.faults.steps.add(bench.engine.steps + 2)
+    bench.step()
+    assert len(bench.outcomes[1].tokens[0]) == before + 2
+    assert bench.outcomes[1].rejected is not None
+    alone = Bench()
+    alone.submit(1, prompt_of(1, 30), max_tokens=40)
+    alone.run()
+    assert alone.outcomes[1].tokens[0][: before + 2] == bench.outcomes[1].tokens[0]

@@ -56,6 +56,10 @@ class FrontLink:
             raise Disconnected
         return [self._ours(unpack(body)) for body in self._reader.feed(data)]
 
+    def waiting(self) -> bool:
+        """Whether something can be received, be it the end of the link."""
+        return bool(self._poller.poll(0))
+
     @staticmethod
     def _ours(message: m.ToEngine | m.ToFront) -> m.ToEngine:
         if not isinstance(message, m.ToEngine):
@@ -105,7 +109,7 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
                 link.send(engine.snapshot())
             else:
                 engine.handle(message)
-        stepped = engine.step(link.send)
+        stepped = engine.step(link.send, link.waiting)
         idle = not engine.has_work
         snapshots.push(idle)
         if idle:

@@ -18,7 +18,7 @@ class Outbox:
 
     def __init__(self, hold_s: float) -> None:
         """``hold_s``: how long a token may be held back; 0 says everything at once."""
-        self._hold_s = hold_s
+        self.hold_s = hold_s
         self._report = m.StepReport(0)
         self._open: dict[tuple[int, int], m.Output] = {}
         """What is being said of each sample."""
@@ -63,7 +63,7 @@ class Outbox:
 
     def due(self, now: float, step_s: float) -> bool:
         """Whether to speak now and not after another step, which takes ``step_s`` seconds."""
-        return self._urgent or now + step_s > self._since + self._hold_s
+        return self._urgent or now + step_s > self._since + self.hold_s
 
     def say(self, say: Callable[[m.StepReport], None], steps: int) -> None:
         """Send what there is, if anything, and begin anew."""

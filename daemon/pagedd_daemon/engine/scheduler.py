@@ -218,6 +218,17 @@ class Scheduler:
             self._changed = True
 
     @property
+    def in_stretch(self) -> bool:
+        """Whether the step just planned is one of a stretch, so that nothing needs to be decided
+        before the next."""
+        return self._stretch is not None
+
+    @property
+    def stretch_left(self) -> int:
+        """Steps of the stretch that have not retired."""
+        return 0 if self._stretch is None else self._stretch.left
+
+    @property
     def in_flight(self) -> int:
         """Steps that were planned and are not over."""
         return len(self._flights)
@@ -230,12 +241,12 @@ class Scheduler:
     def retire(self, step: Step, seconds: float) -> None:
         """The oldest step in flight is done: its tokens are in the pool."""
         parts = self._flights.popleft()
-        self.turns.retired()
         if self._stretch is not None:
             self.cost.observe(len(step.runs), 0, seconds)
             if self._stretch.step_done():
                 self._end_stretch()
             return
+        self.turns.retired()
         for run, (sequence, _) in zip(step.runs, parts, strict=True):
             if run.draws and sequence.drawing:
                 sequence.drawing -= 1  # a later step in flight may be drawing, too
@@ -259,7 +270,8 @@ class Scheduler:
         So does, for them, a later step that was launched upon it. Returns them.
         """
         parts = self._flights.popleft()
-        self.turns.failed()
+        if self._stretch is None:
+            self.turns.failed()
         for run, (sequence, _) in zip(step.runs, parts, strict=True):
             sequence.computed = min(sequence.computed, run.start)
             sequence.drawing = 0
@@ -292,9 +304,7 @@ class Scheduler:
 
     def _stretch_step(self, stretch: Stretch) -> Step:
         self._flights.append(stretch.parts)
-        step = stretch.next_step()
-        self.turns.charge(step, [sequence for sequence, _ in stretch.parts])
-        return step
+        return stretch.next_step()
 
     def _end_stretch(self) -> None:
         """Tell the pager what the stretch has computed, all of it or not."""
@@ -302,6 +312,7 @@ class Scheduler:
         if stretch is None:
             return
         if stretch.done:
+            self.turns.decoded((s for s, _ in stretch.parts), stretch.epoch, stretch.done)
             self._settle(self._pool.handle(StepRetired(stretch.epoch, stretch.tokens())))
         else:
             self._settle(self._pool.handle(StepFailed(stretch.epoch)))

@@ -48,6 +48,11 @@ class Stretch:
         """Of all its steps: the pager knows one."""
         return self._step.epoch
 
+    @property
+    def left(self) -> int:
+        """Steps that have not retired."""
+        return self._steps - self.done
+
     def next_step(self) -> Step:
         """The step in which every sequence computes the token it got last."""
         for run, sequence in zip(self._step.runs, self._sequences, strict=True):

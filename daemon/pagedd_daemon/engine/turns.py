@@ -203,6 +203,19 @@ class Turns:
                 self._persons[flow] = self._now
         self._charges.append(list(sums.items()))
 
+    def decoded(self, sequences: Iterable[Sequence], epoch: int, steps: int) -> None:
+        """Each of ``sequences`` has decoded ``steps`` tokens in a stretch, which is charged when it
+        has ended."""
+        sums: dict[Flow, int] = {}
+        for sequence in sequences:
+            sequence.stepped = epoch
+            flow = self.flow(sequence.request)
+            sums[flow] = sums.get(flow, 0) + W_OUT * steps
+        for flow, units in sums.items():
+            self.fair.charge(flow, units, self._now)
+            if flow.klass is PriorityClass.INTERACTIVE:
+                self._persons[flow] = self._now
+
     def retired(self) -> None:
         """The oldest step in flight is done: its charge stands."""
         self._charges.popleft()

@@ -1,4 +1,4 @@
-"""Pages between the pool and RAM: one thread that submits copies, one stream each way.
+"""Pages between the pool and RAM: one thread that submits copies, two streams each way.
 
 Submitting a copy costs 6.6 µs of Python, so a swap of a long sequence would hold up the step loop
 for milliseconds: a thread of its own submits them. What keeps it free of races:
@@ -73,8 +73,8 @@ class Transfers:
             from cuda.bindings import driver
 
             self._driver: Any = driver
-            self._out = torch.cuda.Stream(device)
-            self._in = torch.cuda.Stream(device)
+            self._out = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+            self._in = (torch.cuda.Stream(device), torch.cuda.Stream(device))
             self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
             self._thread.start()
 
@@ -123,23 +123,23 @@ class Transfers:
         if self._thread is not None and self._thread.is_alive():
             self._jobs.put(None)
             self._thread.join()
-            self._out.synchronize()
-            self._in.synchronize()
+            for stream in (*self._out, *self._in):
+                stream.synchronize()
 
     # ------------------------------------------------------------------------------ the copies
 
     def _work(self) -> None:
         torch.cuda.set_device(self._device)
-        self._out.synchronize()  # makes the device's context current in this thread
+        self._out[0].synchronize()  # makes the device's context current in this thread
         while (job := self._jobs.get()) is not None:
-            stream = self._out if isinstance(job.transfer, Store) else self._in
+            streams = self._out if isinstance(job.transfer, Store) else self._in
             try:
-                with torch.cuda.stream(stream):
-                    if job.after is not None:
+                if job.after is not None:
+                    for stream in streams:
                         stream.wait_event(job.after)
-                    self._copy_on(stream, job.transfer)
-                    done = torch.cuda.Event()
-                    done.record(stream)
+                self._copy_on(streams, job.transfer)
+                streams[0].wait_event(streams[1].record_event())
+                done = streams[0].record_event()
             except Exception:
                 log.exception("transfer %d failed", job.transfer.transfer)
                 self._flights.append(_Flight(job.transfer.transfer, None))
@@ -156,12 +156,19 @@ class Transfers:
             else:
                 blocks.copy_(pages)
 
-    def _copy_on(self, stream: torch.cuda.Stream, transfer: Transfer) -> None:
-        """The same on a CUDA stream, by the driver itself: 2 µs a copy instead of torch's 20, which
-        would limit blocks of half a megabyte to half of what the bus carries."""
+    def _copy_on(
+        self, streams: tuple[torch.cuda.Stream, torch.cuda.Stream], transfer: Transfer
+    ) -> None:
+        """The same on two CUDA streams in turn, by the driver itself.
+
+        The driver takes 2 µs a copy and torch 20, which would limit blocks of half a megabyte to
+        half of what the bus carries. On one stream the next copy is set up only when the last one
+        has ended, and blocks of half a megabyte get 74 % of what the bus carries.
+        """
         driver, ram, size = self._driver, self._ram, self._ram.page_bytes
-        base, handle = self._blocks.data_ptr() + PADDING_BLOCKS * size, stream.cuda_stream
-        for block, slot, count in stretches(transfer.pages, ram.slab_pages):
+        base = self._blocks.data_ptr() + PADDING_BLOCKS * size
+        for at, (block, slot, count) in enumerate(stretches(transfer.pages, ram.slab_pages)):
+            handle = streams[at % 2].cuda_stream
             host, device = ram.address(slot, count), base + block * size
             if isinstance(transfer, Store):
                 (status,) = driver.cuMemcpyDtoHAsync(host, device, count * size, handle)

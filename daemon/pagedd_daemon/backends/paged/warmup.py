@@ -59,7 +59,8 @@ def warm_up(backend: Backend, sizes: tuple[int, ...], tokens: tuple[int, ...]) -
             runs = [Run(seq, 0, one, table, [Draw(seq, sampler)]) for seq in range(size)]
             backend.collect(backend.launch(Step(0, runs)))
     for count in tokens:
-        for others in (0, 1, min(count, MOST_SEQUENCES // 2) - 1):
+        # One sequence, two, and as many as lead to each plan of the decode kernel.
+        for others in (0, 1, min(count, 32) - 1, min(count, MOST_SEQUENCES // 2) - 1):
             step = _step(count, others, block_tokens, backend.capabilities.context_tokens)
             backend.collect(backend.launch(step))
     backend.apply([CopyBlock(0, 0, 0, 1, block_tokens)])
