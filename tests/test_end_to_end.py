@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,32 @@ def test_the_greedy_token_is_the_likeliest(client: pagedd.Client) -> None:
     assert sample.logprobs is not None
     assert [entry.top[0][0] for entry in sample.logprobs] == list(sample.tokens)
     assert all(entry.logprob == entry.top[0][1] <= 0 for entry in sample.logprobs)
+
+
+def test_replies_match_the_schema_they_were_asked_for(client: pagedd.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "sizes": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
+        },
+        "required": ["city", "sizes"],
+        "additionalProperties": False,
+    }
+    asked = [{"role": "user", "content": "Describe a city as JSON."}]
+    with client.chat(asked, json_schema=schema, n=3, max_tokens=200, seed=1) as stream:
+        done = stream.wait()
+    for sample in done.samples:
+        reply = json.loads(sample.text)
+        assert sample.reason == "stop"
+        assert set(reply) == {"city", "sizes"}
+        assert len(reply["city"]) <= 20
+        assert len(reply["sizes"]) <= 3
+    with pytest.raises(pagedd.InvalidRequest) as caught:
+        client.complete("x", regex="(((")
+    assert caught.value.code == "E_GRAMMAR"
+    done = client.complete("Is the sky blue? Answer:", regex=" (yes|no)", temperature=0)
+    assert done.text in (" yes", " no")
 
 
 def test_a_conversation_finds_its_kv_and_a_fork_goes_its_own_way(client: pagedd.Client) -> None:

@@ -42,6 +42,10 @@ class Configure:
     """Tokens the tokeniser knows (llama.cpp reads its own)."""
     eog_tokens: tuple[int, ...] = ()
     """Ids that end a generation, as the tokeniser says (llama.cpp reads its own)."""
+    piece_lengths: bytes = b""
+    """Bytes of each token by id, packed int32, 0 for special tokens; empty without a tokeniser."""
+    pieces: bytes = b""
+    """The bytes of all tokens, one after the other: grammars are compiled against them."""
     simulated_step_us: int = 1000
     """Simulated backend only: fixed part of a step's time, in microseconds."""
     simulated_token_us: int = 0
@@ -86,6 +90,10 @@ class Submit:
     """Fields of `pagedd_daemon.params.SamplingParams`."""
     stop: dict[str, Any]
     """Fields of `pagedd_daemon.params.StopParams`."""
+    grammar_kind: str = ""
+    """One of `pagedd_daemon.grammars.KINDS`, or empty: the output is free."""
+    grammar: str = ""
+    """What it has to match; the helper has compiled it on trial."""
 
 
 @dataclass(frozen=True, slots=True)

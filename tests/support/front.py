@@ -206,6 +206,9 @@ class FakeText:
         await self._wait()
         return array("i", list(text.encode()))
 
+    async def try_grammar(self, kind: str, text: str) -> None:
+        await self._wait()
+
     async def chat(self, conversation: Conversation, known: str | None = None) -> Rendered:
         await self._wait()
         said = [(x["role"], x["content"]) for x in conversation.messages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -51,6 +52,13 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     logprobs: int
     """Log-probabilities of each token and of the most likely k, 0 to 20."""
+    json_schema: Mapping[str, Any] | str
+    """The text is JSON that matches this schema, whole unless ``stop`` or ``max_tokens`` ends
+    it. At most one of this, ``regex`` and ``grammar``."""
+    regex: str
+    """The whole text matches this regular expression (Rust's syntax)."""
+    grammar: str
+    """The whole text is a sentence of this grammar (llguidance's variant of Lark)."""
     keep_alive: float | str
     """How long the model stays loaded: seconds, ``"5m"``, negative for ever, 0 not at all."""
     deadline_ms: int
@@ -152,6 +160,8 @@ def _options(options: Mapping[str, Any]) -> dict[str, Any]:
     stop = fields.get("stop")
     if stop is not None:
         fields["stop"] = [stop] if isinstance(stop, str) else list(stop)
+    if fields.get("json_schema") is not None and not isinstance(fields["json_schema"], str):
+        fields["json_schema"] = json.dumps(fields["json_schema"])
     if fields.get("stop_token_ids") is not None:
         fields["stop_token_ids"] = list(fields["stop_token_ids"])
     if fields.get("logit_bias") is not None:

@@ -62,6 +62,8 @@ class Capabilities:
     launch a second step, which may name tokens of the first as `PENDING`."""
     keep_cached_on_gpu: bool
     """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
+    constrains: bool = False
+    """Whether its draws keep to the grammars of samplers (`pagedd_daemon.engine.grammar`)."""
     notice: str = ""
     """What people must know of how it computes: that it does not use the GPU they expect."""
 

@@ -169,6 +169,7 @@ class LlamaBackend:
             max_step_tokens=STEP_TOKENS,
             asynchronous=False,
             keep_cached_on_gpu=False,
+            constrains=True,
             notice=notice,
         )
         return cls(model, context, caps, configure.ram_bytes)

@@ -181,6 +181,7 @@ class SimulatedBackend:
             max_step_tokens=2048,
             asynchronous=True,
             keep_cached_on_gpu=keep_cached_on_gpu,
+            constrains=True,
         )
         return cls(
             capabilities,

@@ -13,6 +13,7 @@ from pagedd_daemon import messages as m
 from pagedd_daemon.backends import load_backend
 from pagedd_daemon.backends.base import ModelLoadError
 from pagedd_daemon.engine.core import Engine
+from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.loop import Disconnected, FrontLink, run
 
 log = logging.getLogger("pagedd.engine")
@@ -45,9 +46,11 @@ def serve(link: FrontLink) -> int:
             notice=caps.notice,
         )
     )
+    grammars = Grammars(configure, caps)
     try:
-        run(Engine(backend, time.monotonic), link, first)
+        run(Engine(backend, time.monotonic, grammars), link, first)
     finally:
+        grammars.close()
         backend.close()
     return 0
 

@@ -18,6 +18,7 @@ from kvpager.types import PriorityClass, SetQuota
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend, Handle, Step, StepFaultError, StepResult
 from pagedd_daemon.engine.fairness import AppId
+from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.outbox import HOLD_S, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
@@ -25,6 +26,7 @@ from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.snapshot import Totals, snapshot
 from pagedd_daemon.engine.turns import AppPolicy
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState
+from pagedd_daemon.grammars import GrammarError
 from pagedd_daemon.params import SamplingParams, StopParams
 
 Say: TypeAlias = Callable[[m.StepReport], None]
@@ -33,7 +35,13 @@ Say: TypeAlias = Callable[[m.StepReport], None]
 class Engine:
     """Composes backend, pool and scheduler, and keeps the books of each request."""
 
-    def __init__(self, backend: Backend, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        clock: Callable[[], float],
+        grammars: Grammars | None = None,
+    ) -> None:
+        """``grammars`` is None where no request may be constrained."""
         self._backend = backend
         self._clock = clock
         self._caps = backend.capabilities
@@ -52,6 +60,7 @@ class Engine:
         self._step_s = 0.0
         """Of the last step."""
         self._totals = Totals()
+        self._grammars = grammars
 
     # ------------------------------------------------------------------------------------ messages
 
@@ -135,6 +144,7 @@ class Engine:
         Returns:
             Whether a step was launched or collected.
         """
+        self._take_grammars()
         step = self._scheduler.plan(self._clock())
         self._announce()
         if step is not None and self._scheduler.in_stretch:
@@ -181,6 +191,7 @@ class Engine:
                 else:
                     sequence.tokens.append(one.token)
                     sequence.sampler.accept(one.token)
+                    over = over or sequence.sampler.complete
             self._step_s = result.seconds
             over = over or self._scheduler.stretch_left == 1 or waiting()
             if over or self._clock() + result.seconds > begin + self._outbox.hold_s:
@@ -289,10 +300,13 @@ class Engine:
         request, token = sequence.request, drawn.token
         if request.rid not in self._requests:
             return  # another sample of it was rejected in this step
-        if token < 0:
+        matcher = sequence.sampler.matcher
+        if token < 0 and matcher is not None and matcher.error:
+            self._reject(request, "E_GRAMMAR", matcher.error, {})
+        elif token < 0:
             why = "the model's output is not a number (NaN)"
             self._reject(request, "E_ENGINE", why, {}, cache=False)
-        elif self._ends(request, token):
+        elif self._ends(request, token) or sequence.sampler.complete:
             self._end_sample(request, sequence.index, "stop")
         elif sequence.generated >= request.stop.max_tokens:
             self._end_sample(request, sequence.index, "length")
@@ -322,6 +336,7 @@ class Engine:
             ),
             submitted_s=self._clock(),
             open_samples=set(range(message.n)),
+            constrained=bool(message.grammar_kind),
         )
         self._requests[request.rid] = request
         self._live[request.app] += 1
@@ -333,7 +348,26 @@ class Engine:
                 {"prompt_tokens": len(prompt), "context_tokens": self._caps.context_tokens},
             )
             return
-        self._scheduler.add(request)
+        if not request.constrained:
+            self._scheduler.add(request)
+        elif self._grammars is not None and self._caps.constrains:
+            self._grammars.add(request, message.grammar_kind, message.grammar)
+        else:
+            why = f"the backend {self._caps.name} cannot constrain output"
+            self._reject(request, "E_GRAMMAR", why, {"backend": self._caps.name})
+
+    def _take_grammars(self) -> None:
+        """Queue the requests whose grammars have been compiled."""
+        if self._grammars is None:
+            return
+        for request, made in self._grammars.compiled():
+            if request.rid not in self._requests:
+                continue  # cancelled meanwhile
+            if isinstance(made, GrammarError):
+                self._reject(request, "E_GRAMMAR", str(made), {})
+            else:
+                request.matcher = made
+                self._scheduler.add(request)
 
     def _root(self, salt: bytes) -> bytes:
         """What the prefix chain of a namespace starts from: pages of another model, KV type or

@@ -17,13 +17,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpager.types import Tokens
 from pagedd_daemon.params import SamplingParams, StopParams
+
+if TYPE_CHECKING:
+    from pagedd_daemon.engine.grammar import Matcher
 
 Row: TypeAlias = npt.NDArray[np.float32]
 """Logits of one position, shape ``(vocab,)``."""
@@ -116,6 +119,7 @@ class Sampler:
         "_greedy",
         "_history",
         "_key",
+        "_matcher",
         "_plain",
         "_reach",
         "_stop_mask",
@@ -135,6 +139,7 @@ class Sampler:
         prompt: Tokens,
         vocab_size: int,
         eog_tokens: frozenset[int],
+        matcher: Matcher | None = None,
     ) -> None:
         """A sampler that has generated nothing yet.
 
@@ -145,11 +150,13 @@ class Sampler:
             prompt: Token ids, int32, shape ``(n,)``; only the repetition penalty looks at them.
             vocab_size: Logits per row.
             eog_tokens: The model's end-of-generation ids.
+            matcher: Where its text stands in the grammar it must match; taken over.
         """
         self.params = params
         self.stop = stop
         self.vocab_size = vocab_size
         self.generated = 0
+        self._matcher = matcher
         self._key = _mix(_mix(params.seed & _MASK64) ^ index)
         self._reach = _FIRST_REACH
         bias = sorted((i, b) for i, b in params.logit_bias.items() if 0 <= i < vocab_size)
@@ -166,17 +173,20 @@ class Sampler:
         if repeats or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             seen = np.unique(prompt).astype(np.int64) if repeats else np.zeros(0, np.int64)
             self._history = _History(seen)
-        self._plain = not bias and self._history is None
+        self._plain = not bias and self._history is None and matcher is None
         self._greedy = params.temperature <= 0.0 and self._plain
 
     def accept(self, token: int) -> None:
         """``token`` is kept as the next one of this sample."""
         self.generated += 1
+        if self._matcher is not None:
+            self._matcher.accept(token)
         if self._history is not None:
             self._history.add(token)
 
     def after(self, token: int) -> Sampler:
         """This sampler as it will be once ``token`` is accepted; this one stays as it is."""
+        assert self._matcher is None, "constrained rows wait for their token"
         other = copy.copy(self)
         if self._history is not None:
             other._history = self._history.copy()
@@ -186,6 +196,7 @@ class Sampler:
     def rewind(self, generated: int) -> None:
         """Forget the accepted tokens beyond the first ``generated``."""
         assert 0 <= generated <= self.generated
+        assert self._matcher is None or generated == self.generated
         if self._history is not None and generated < self.generated:
             self._history.rewind(generated)
         self.generated = generated
@@ -194,6 +205,8 @@ class Sampler:
         """Another sample of the same request, with the same text so far and draws of its own."""
         other = copy.copy(self)
         other._key = _mix(_mix(self.params.seed & _MASK64) ^ index)
+        if self._matcher is not None:
+            other._matcher = self._matcher.copy()
         if self._history is not None:
             other._history = self._history.copy()
         return other
@@ -206,6 +219,16 @@ class Sampler:
         """Ids that may not be drawn then."""
         early = self.generated + ahead < self.stop.min_tokens
         return self._stop_mask if early else self._eog_mask
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """Where it stands in its grammar; None: its text is free."""
+        return self._matcher
+
+    @property
+    def complete(self) -> bool:
+        """Whether its grammar lets nothing follow."""
+        return self._matcher is not None and self._matcher.complete
 
     @property
     def penalised(self) -> bool:
@@ -297,7 +320,8 @@ def draw(logits: npt.NDArray[np.float32], rows: Sequence[tuple[int, Sampler]]) -
 
 def _draw_row(row: Row, sampler: Sampler) -> Drawn:
     before = sampler.adjust(row)
-    token = _sample(row, sampler)
+    matcher = sampler.matcher
+    token = _sample(row if matcher is None else matcher.mask(row), sampler)
     _restore(row, before)
     if token < 0 or sampler.params.logprobs < 0:
         return Drawn(token)

@@ -501,6 +501,7 @@ class Scheduler:
             prompt=request.prompt,
             vocab_size=self._caps.vocab_size,
             eog_tokens=self._caps.eog_tokens,
+            matcher=request.matcher,
         )
         sequence = Sequence(seq, request, 0, sampler, _buffer(request, request.prompt))
         self._sequences[seq] = sequence

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvpager.types import PriorityClass, Tokens
 from pagedd_daemon.engine.fairness import Flow
+from pagedd_daemon.engine.grammar import Matcher
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.params import SamplingParams, StopParams
 
@@ -69,6 +70,10 @@ class Request:
     stop: StopParams
     submitted_s: float
     """Monotonic, like every other ``_s`` here."""
+    constrained: bool = False
+    """Its output must match a grammar."""
+    matcher: Matcher | None = None
+    """At the start of its grammar, once that is compiled."""
     paused: bool = False
     outgrown: bool = False
     """Paged out, and nothing that others give back helps it (the pool is too small just now, or its
@@ -145,6 +150,8 @@ class Sequence:
             return False
         if not self.drawing:
             return True
+        if request.constrained:
+            return False  # what may follow the token in flight is known when that is
         generated = self.tokens.length - request.prompt_tokens
         if generated + self.drawing >= request.stop.max_tokens:
             return False

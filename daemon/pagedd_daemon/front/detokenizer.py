@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 _INT32 = "i"
 _UINT32 = "I"
@@ -73,6 +73,16 @@ class PieceTable:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    def lengths(self) -> bytes:
+        """Bytes of each piece by token id, as packed int32."""
+        ends = self._offsets
+        return pack_ids(end - start for start, end in pairwise(ends))
+
+    @property
+    def blob(self) -> bytes:
+        """All pieces, one after the other."""
+        return self._blob
 
     def __getitem__(self, token: int) -> bytes:
         """The bytes of a token.

@@ -17,6 +17,7 @@ RETRYABLE: Mapping[str, bool] = {
     "E_NEVER_FITS": False,
     "E_TOKEN_ID": False,
     "E_TEMPLATE": False,
+    "E_GRAMMAR": False,
     "E_NO_TOKENIZER": False,
     "E_SESSION": False,
     "E_BUSY": True,

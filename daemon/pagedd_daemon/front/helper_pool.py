@@ -263,6 +263,32 @@ class HelperPool:
             known_text=known_text,
         )
 
+    async def try_grammar(self, model: ModelText, kind: str, text: str) -> None:
+        """Compile a grammar and its first mask, to see that it can be done.
+
+        Args:
+            model: From `open`.
+            kind: One of `pagedd_daemon.grammars.KINDS`.
+            text: The grammar.
+
+        Raises:
+            HelperError: ``E_GRAMMAR``: it is invalid, or takes too much time or memory.
+                ``E_NO_TOKENIZER``, ``E_HELPER`` or ``E_MODEL``.
+        """
+        if not model.has_tokenizer:
+            raise HelperError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
+        request, limit = ["grammar", model.source, kind, text], self._limits.grammar_s
+        try:
+            await self._shielded(self._perform(request, model, limit))
+        except HelperDiedError as error:
+            why = f"compiling the grammar took too much: {error}"
+            raise HelperError("E_GRAMMAR", why) from error
+        except HelperError as error:
+            if error.code != "E_HELPER" or "seconds" not in error.details:
+                raise
+            why = f"compiling the grammar took more than {limit:g} s"
+            raise HelperError("E_GRAMMAR", why, error.details) from error
+
     # ------------------------------------------------------------------------------ one request
 
     async def _request(self, model: ModelText, request: list[Any]) -> Any:
@@ -291,15 +317,18 @@ class HelperPool:
         if not task.cancelled():
             task.exception()  # the caller may have gone
 
-    async def _perform(self, request: list[Any], model: ModelText) -> Any:
+    async def _perform(
+        self, request: list[Any], model: ModelText, seconds: float | None = None
+    ) -> Any:
         """A request on a free process; once more if another cause than the request ended it."""
         body = frame(msgpack.packb(request))
         heavy = request[0] != "tokenize" or len(body) > _HEAVY_BYTES
-        seconds = self._limits.request_s + self._limits.request_s_per_mib * len(body) / 2**20
+        limits = self._limits
+        at_most = seconds or limits.request_s + limits.request_s_per_mib * len(body) / 2**20
 
         async def work(worker: HelperProcess) -> Any:
             await self._ensure_open(worker, model.source, model.digest)
-            return await self._timed(worker, body, seconds)
+            return await self._timed(worker, body, at_most)
 
         return await self._on_a_process(work, heavy=heavy)
 

@@ -25,7 +25,7 @@ class HelperError(Exception):
     """A helper's answer is an error.
 
     Attributes:
-        code: ``E_HELPER``, ``E_TEMPLATE``, ``E_MODEL`` or ``E_NO_TOKENIZER``.
+        code: ``E_HELPER``, ``E_GRAMMAR``, ``E_TEMPLATE``, ``E_MODEL`` or ``E_NO_TOKENIZER``.
         message: For people.
         details: The figures, as they go on the wire.
     """

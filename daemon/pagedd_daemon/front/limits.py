@@ -45,6 +45,9 @@ class Limits:
     stop_strings: int = _limit(16, "Stop strings of one request.")
     stop_string_bytes: int = _limit(256, "Bytes of one stop string.")
     stop_token_ids: int = _limit(64, "Stop token ids of one request.")
+    grammar_bytes: int = _limit(
+        65536, "Bytes of `json_schema`, `regex` or `grammar` of one request."
+    )
     logit_bias: int = _limit(1024, "Entries of `logit_bias`.")
     messages: int = _limit(4096, "Messages of one chat.")
     tools: int = _limit(256, "Tools of one chat.")

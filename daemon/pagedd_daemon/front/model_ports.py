@@ -80,6 +80,10 @@ class Text(Protocol):
         """Token ids of a text."""
         ...
 
+    async def try_grammar(self, kind: str, text: str) -> None:
+        """Compile a grammar, on trial. Raises ``E_GRAMMAR`` where that fails or takes too much."""
+        ...
+
     async def chat(self, conversation: Conversation, known: str | None = None) -> Rendered:
         """Token ids of a conversation up to where the reply begins.
 

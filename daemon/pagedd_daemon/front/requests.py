@@ -132,6 +132,13 @@ def _logit_bias(value: dict[int, float], info: ValidationInfo) -> dict[int, floa
     return value
 
 
+def _grammar(value: str, info: ValidationInfo) -> str:
+    if not value:
+        raise wrong("is empty")
+    _at_most("grammar_bytes", len(value.encode()), info)
+    return value
+
+
 def seconds(value: object) -> float:
     """A ``keep_alive`` in seconds: a number of seconds or a duration like ``"1h30m"``.
 
@@ -204,6 +211,7 @@ def _tools(value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, 
 Text = Annotated[str, AfterValidator(_some_text)]
 Tokens = Annotated[bytes, AfterValidator(_token_bytes)]
 SomeTokens = Annotated[Tokens, AfterValidator(_some_tokens)]
+GrammarText = Annotated[str, AfterValidator(_grammar)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 KeepAlive = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(seconds)]
@@ -215,6 +223,9 @@ TemplateArgs = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 # ------------------------------------------------------------------------------------------ models
+
+
+_GRAMMARS = ("json_schema", "regex", "grammar")
 
 
 class Request(BaseModel):
@@ -268,10 +279,31 @@ class Generation(Request):
         default_factory=list
     )
     logprobs: Annotated[int, Field(ge=0), AfterValidator(_logprobs)] | None = None
+    json_schema: GrammarText | None = None
+    regex: GrammarText | None = None
+    grammar: GrammarText | None = None
     keep_alive: KeepAlive | None = None
     """Seconds, ``inf`` for ever, None: the daemon's."""
     deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
     after: Annotated[int, Field(ge=-1)] = -1
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Generation:
+        given = [name for name in _GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise wrong("at most one of json_schema, regex and grammar may be given", given[1])
+        if given and (self.ignore_eos or self.min_tokens):
+            field = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise wrong("contradicts a grammar, which says where the text ends", field)
+        return self
+
+    def constraint(self) -> tuple[str, str]:
+        """Kind and text of the grammar that the output has to match; both empty: none."""
+        for name in _GRAMMARS:
+            text = getattr(self, name)
+            if text is not None:
+                return name, text
+        return "", ""
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `pagedd_daemon.params.SamplingParams`.

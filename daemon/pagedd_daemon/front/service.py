@@ -405,8 +405,10 @@ class FrontService:
         if isinstance(request, r.SessionSay):
             stream.turn = Turn(peer.sessions.get(request.session), request)
 
+        kind, _ = request.constraint()
+
         def use(model: Model) -> None:
-            if isinstance(request, r.Generate) and request.tokens is not None:
+            if isinstance(request, r.Generate) and request.tokens is not None and not kind:
                 self._streams.submit(stream, model, unpack_ids(request.tokens))
             else:
                 self._later(stream, self._submit_text(stream, model, request))
@@ -416,6 +418,9 @@ class FrontService:
     async def _submit_text(self, stream: Stream, model: Model, request: r.Generation) -> None:
         if model.text.pieces is None:
             raise WireError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
+        kind, grammar = request.constraint()
+        if kind:
+            await model.text.try_grammar(kind, grammar)
         if stream.turn is not None:
             prompt = await stream.turn.prompt(model)
         elif isinstance(request, r.Chat):
@@ -423,9 +428,13 @@ class FrontService:
             prompt = (await model.text.chat(chat)).ids
         else:
             assert isinstance(request, r.Generate)
-            assert request.prompt is not None
-            # As `tokenize` does by default: a text that apps pasted together cannot forge a turn.
-            prompt = await model.text.tokenize(request.prompt, special=False, bos=True)
+            if request.tokens is not None:
+                prompt = unpack_ids(request.tokens)
+            else:
+                assert request.prompt is not None
+                # As `tokenize` does by default: a text that apps pasted together cannot forge a
+                # turn.
+                prompt = await model.text.tokenize(request.prompt, special=False, bos=True)
         if not stream.over:  # it may have been cancelled meanwhile
             self._streams.submit(stream, model, prompt)
 

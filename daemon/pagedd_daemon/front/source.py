@@ -42,6 +42,13 @@ class HelperText:
             raise _refused(error) from error
         return unpack_ids(ids)
 
+    async def try_grammar(self, kind: str, text: str) -> None:
+        """See `models.Text`."""
+        try:
+            await self._pool.try_grammar(self.model, kind, text)
+        except HelperError as error:
+            raise _refused(error) from error
+
     async def chat(self, conversation: Conversation, known: str | None = None) -> Rendered:
         """See `models.Text`."""
         try:
@@ -114,6 +121,7 @@ class ModelSource:
         assert isinstance(entry, ModelEntry)
         assert isinstance(text, HelperText)
         settings = self._settings
+        pieces = text.model.table
         simulated = settings.backend == "simulated" or entry.path is None
         return Configure(
             backend="simulated" if simulated else self._backend(),
@@ -127,6 +135,8 @@ class ModelSource:
             flash_attention=settings.flash_attention,
             vocab_size=text.model.vocab_size,
             eog_tokens=text.model.eog,
+            piece_lengths=b"" if pieces is None else pieces.lengths(),
+            pieces=b"" if pieces is None else pieces.blob,
             simulated_step_us=settings.simulated_step_us,
             simulated_token_us=settings.simulated_token_us,
         )

@@ -150,6 +150,7 @@ class Streams:
         request = stream.request
         room = _check(request, prompt, model)
         sampling, stopping = request.sampling(), request.stopping()
+        kind, grammar = request.constraint()
         stream.clipped = room < request.max_tokens
         stopping["max_tokens"] = min(room, request.max_tokens)
         stop = tuple(request.stop)
@@ -181,6 +182,8 @@ class Streams:
                 n=stream.n,
                 sampling=sampling,
                 stop=stopping,
+                grammar_kind=kind,
+                grammar=grammar,
             )
         )
         if stream.connection.lagging:

@@ -11,6 +11,7 @@ request                                        result
 ``["tokenize", source, text, special, bos]``   ``ids``
 ``["chat", source, messages, tools, args,      ``[ids, text, rewritten]``
 generation, bos, known]``
+``["grammar", source, kind, text]``             null; err ``E_GRAMMAR`` where it is refused
 =============================================  ====================================================
 
 ``source`` is the absolute path of a model file or folder, `SIMULATED` or `SIMULATED_IDS`. ``ids``
@@ -55,6 +56,9 @@ class HelperLimits:
 
     request_s: float = 5.0
     """Wall-clock seconds for one request; then the process is killed."""
+    grammar_s: float = 2.0
+    """Wall-clock seconds to compile a grammar and its first mask; ordinary ones take 0.1 s, most of
+    it for the vocabulary, once for each process."""
     request_s_per_mib: float = 5.0
     """Further seconds for each MiB of it: tokenising takes 0.3 s per MiB on one free core."""
     open_s: float = 30.0

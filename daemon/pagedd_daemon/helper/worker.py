@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+from llguidance import LLTokenizer
 
 from pagedd_daemon.front.detokenizer import pack_ids
+from pagedd_daemon.grammars import GrammarError, compile_grammar, make_tokenizer
 from pagedd_daemon.helper.chat import ChatTokenizer
 from pagedd_daemon.helper.confine import Budget, confine, watch_lifeline
 from pagedd_daemon.helper.protocol import OPENED, SIMULATED, SIMULATED_IDS, HelperLimits
@@ -35,12 +37,15 @@ class Worker:
     def __init__(self, limits: HelperLimits) -> None:
         self._budget = Budget(limits)
         self._models: dict[str, ChatTokenizer | None] = {}
+        self._tokenizers: dict[str, LLTokenizer] = {}
+        """For grammars, once there was one."""
         self._operations: dict[str, Callable[..., Any]] = {
             "ping": lambda: None,
             "open": self._open,
             "close": self._close,
             "tokenize": self._tokenize,
             "chat": self._chat,
+            "grammar": self._grammar,
         }
 
     def serve(self, link: socket.socket) -> None:
@@ -59,7 +64,7 @@ class Worker:
         except MemoryError:
             error_of: _Described = ("E_HELPER", "tokenising or rendering ran out of memory", {})
             retire = True  # whatever could not be allocated left other things half made
-        except (TemplateRefusedError, NoTokenizerError, ModelError) as error:
+        except (TemplateRefusedError, GrammarError, NoTokenizerError, ModelError) as error:
             error_of = _described(error)
             retire = self._budget.spent()
         return bytes(msgpack.packb(["err", retire, *error_of]))
@@ -100,6 +105,7 @@ class Worker:
         return dict(zip(OPENED, values, strict=True))
 
     def _close(self, source: str) -> None:
+        self._tokenizers.pop(source, None)
         model = self._models.pop(source, None)
         if model is not None:
             model.vocabulary.close()
@@ -112,6 +118,15 @@ class Worker:
 
     def _tokenize(self, source: str, text: str, special: bool, bos: bool) -> bytes:
         return pack_ids(self._model(source).tokenize(text, special=special, bos=bos))
+
+    def _grammar(self, source: str, kind: str, text: str) -> None:
+        vocabulary = self._model(source).vocabulary
+        tokenizer = self._tokenizers.get(source)
+        if tokenizer is None:
+            tokenizer = self._tokenizers[source] = make_tokenizer(
+                vocabulary.piece_lengths, vocabulary.pieces, vocabulary.size, vocabulary.eog
+            )
+        compile_grammar(tokenizer, kind, text)
 
     def _chat(
         self,
@@ -132,7 +147,8 @@ class Worker:
 def _described(error: Exception) -> _Described:
     if isinstance(error, ModelError):
         return error.code, error.message, error.details
-    code = "E_TEMPLATE" if isinstance(error, TemplateRefusedError) else "E_NO_TOKENIZER"
+    codes = {TemplateRefusedError: "E_TEMPLATE", GrammarError: "E_GRAMMAR"}
+    code = codes.get(type(error), "E_NO_TOKENIZER")
     return code, str(error), {}
 
 

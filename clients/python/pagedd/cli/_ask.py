@@ -29,6 +29,9 @@ _SAMPLING: tuple[tuple[str, type, str], ...] = (
     ("frequency-penalty", float, "0 is off."),
     ("seed", int, "Draws the same tokens again."),
     ("logprobs", int, "Log-probabilities of the most likely k (with --json)."),
+    ("json-schema", str, "The reply is JSON that matches this schema."),
+    ("regex", str, "The reply matches this regular expression."),
+    ("grammar", str, "The reply is a sentence of this Lark grammar."),
     ("deadline-ms", int, "The daemon gives up after this long."),
 )
 
