@@ -23,9 +23,6 @@ _TRANSFER_WAIT_S = 0.0005
 """Nap when nobody can run before a transfer ends."""
 _BLOCKED_WAIT_S = 0.010
 """Nap when nobody can run although nothing is under way: only a message can change that."""
-CHECK_AFTER_S = 1.0
-"""Idle for so long, the pager's invariants are checked, once until there was work again: it takes
-some 100 ms with tens of thousands of blocks, which nobody should wait for."""
 _RECEIVE_BYTES = 1 << 20
 
 
@@ -96,10 +93,6 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
     """Serve until `Shutdown` or until the front is gone.
 
     ``first`` are messages that came while the model was being loaded.
-
-    Raises:
-        kvpager.InvariantError: The pager's books are wrong, as was found while nobody was served.
-            What it holds cannot be trusted, so the engine had better end.
     """
     gc.collect()
     gc.freeze()  # 65k objects: a full collection takes 4 ms, none after this
@@ -108,7 +101,6 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
     gc.set_threshold(50_000, 20, 50)
     snapshots = _Snapshots(engine, link)
     messages = first
-    unchecked = False  # steps were run since the invariants were checked
     while True:
         for message in messages:
             if isinstance(message, m.Shutdown):
@@ -118,20 +110,15 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
             else:
                 engine.handle(message)
         stepped = engine.step(link.send, link.waiting)
-        unchecked |= stepped
         idle = not engine.has_work
         snapshots.push(idle)
         if idle:
-            timeout = CHECK_AFTER_S if unchecked else None
+            timeout = None
         elif stepped:
             timeout = 0.0
         else:
             timeout = _TRANSFER_WAIT_S if engine.transfers_in_flight else _BLOCKED_WAIT_S
         messages = link.receive(timeout)
-        if idle and unchecked and not messages:
-            engine.validate()
-            unchecked = False
-            messages = link.receive(None)
 
 
 class _Snapshots:
