@@ -88,8 +88,10 @@ def decode_plan(
 
     Measured on an H200 (32 query and 8 KV heads of 128): programs of four warps with two tiles in
     flight beside the one they compute read best nearly everywhere, two programs a multiprocessor
-    for a few sequences (9.1 us for one of 2,048, 39.8 for one of 32 K), whole sequences from about
-    as many programs on (67 us for 32 of 2,048; 101 with two warps and one tile in flight). Where
+    for a few sequences (9.1 us for one of 2,048, 39.8 for one of 32 K). From one and a half
+    programs a multiprocessor on, whole sequences alone would do (67 us for 32 of 2,048 without any
+    spare part); the parts kept for long ones among them cost a launch that merges nothing where
+    all are equal, but without them one of 32 K among 31 short ones took 472 us instead of 75. Where
     three programs or more share a multiprocessor, one tile in flight is enough (147 us for 256 of
     576 instead of 149).
     """

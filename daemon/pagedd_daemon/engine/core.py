@@ -211,13 +211,18 @@ class Engine:
         now = self._clock()
         for row in done:
             for sequence, one in zip(sequences, row, strict=True):
-                request = sequence.request
-                first = request.first_token_s == 0.0
-                if first:
-                    request.first_token_s = now
-                request.last_token_s = now
-                if not self._ends(request, one.token):
-                    self._outbox.output(request.rid, sequence.index, one, begin, first=first)
+                self._output(sequence, [one], now, begin)
+
+    def _output(self, sequence: Sequence, drawn: list[Drawn], now: float, since: float) -> None:
+        """Report what was drawn for a sequence and the samples after it; it is known ``since``."""
+        request = sequence.request
+        first = request.first_token_s == 0.0
+        if first:
+            request.first_token_s = now
+        request.last_token_s = now
+        for index, one in enumerate(drawn, sequence.index):
+            if not self._ends(request, one.token):
+                self._outbox.output(request.rid, index, one, since, first=first)
 
     def _drain(self, say: Say) -> None:
         while self._flights:
@@ -264,14 +269,7 @@ class Engine:
             if sequence.state is SequenceState.ENDED:
                 continue  # by the token before, after this step was launched
             kept.append((sequence, tokens))
-            request = sequence.request
-            first = request.first_token_s == 0.0
-            if first:
-                request.first_token_s = now
-            request.last_token_s = now
-            for index, one in enumerate(tokens, sequence.index):
-                if not self._ends(request, one.token):
-                    self._outbox.output(request.rid, index, one, now, first=first)
+            self._output(sequence, tokens, now, now)
         self._step_s = result.seconds
         self._say(say)
         self._scheduler.retire(step, result.seconds)
