@@ -1,0 +1,58 @@
+"""The live sequences, and what the pager has decided about them."""
+
+from __future__ import annotations
+
+from kvpager.types import Admitted, Event, Instruction, Preempted, Runnable
+from pagedd_daemon.engine.pool import Pool
+from pagedd_daemon.engine.work import Sequence, SequenceState
+
+
+class Residents:
+    """The sequences that live, each in the state that the pager has it in."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.sequences: dict[int, Sequence] = {}
+        """By number, oldest first."""
+        self.preempted: list[Sequence] = []
+        """Those that are paged out, in the order in which they were."""
+        self.evicted: set[int] = set()
+        """Paged out since the decodes of this plan got their room."""
+        self._next_seq = 0
+
+    def take_id(self) -> int:
+        """A number that no sequence has had."""
+        self._next_seq += 1
+        return self._next_seq
+
+    def tell(self, event: Event) -> list[Instruction]:
+        """Give the pager an event and take over what it decides; returns its instructions."""
+        instructions = self.pool.handle(event)
+        self.settle(instructions)
+        return instructions
+
+    def hear(self) -> None:
+        """Take over what follows from the transfers that have ended."""
+        self.settle(self.pool.settle())
+
+    def settle(self, instructions: list[Instruction]) -> None:
+        """Take over what the pager decided about sequences."""
+        for verdict in instructions:
+            match verdict:
+                case Admitted(seq=seq, computed=computed, loading=loading, until=until):
+                    sequence = self.sequences[seq]
+                    sequence.computed, sequence.until = computed, until
+                    if sequence.state is SequenceState.PREEMPTED:
+                        self.preempted.remove(sequence)
+                    sequence.state = SequenceState.LOADING if loading else SequenceState.RUNNING
+                case Runnable(seq=seq, computed=computed, until=until) if seq in self.sequences:
+                    sequence = self.sequences[seq]
+                    sequence.computed, sequence.until = computed, until
+                    sequence.state = SequenceState.RUNNING
+                case Preempted(seq=seq) if seq in self.sequences:
+                    sequence = self.sequences[seq]
+                    sequence.state, sequence.until = SequenceState.PREEMPTED, -1
+                    self.preempted.append(sequence)
+                    self.evicted.add(seq)
+                case _:
+                    pass
