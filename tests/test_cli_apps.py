@@ -43,7 +43,7 @@ def test_a_wrong_setting_is_refused_with_its_name_and_what_was_expected() -> Non
         done = daemon.command("apps", "set", "editor", "weight=-1", "colour=red")
         assert done.returncode == 78
         assert "apps.editor.weight: expected greater than 0" in done.stderr
-        assert "apps.editor.colour: expected no such setting" in done.stderr
+        assert "apps.editor.colour: expected a setting that exists" in done.stderr
         with daemon.control() as control, pytest.raises(pagedd.RequestError) as caught:
             control.set_app("editor", {"class": "urgent"})
         assert caught.value.code == "E_CONFIG"

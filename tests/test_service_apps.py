@@ -180,7 +180,7 @@ def test_a_wrong_change_is_refused_with_its_reason_and_changes_nothing(tmp_path:
             asked = r.AppsSet(id="s", app="app", settings={"wieght": 4})
             answer = await front.answer(asked, uid=os.geteuid())
             assert (answer["type"], answer["code"]) == ("error", "E_CONFIG")
-            assert "apps.app.wieght: expected no such setting" in answer["message"]
+            assert "apps.app.wieght: expected weight" in answer["message"]
             shown = await front.answer(r.AppsShow(id="t", app="app"))
             assert shown["known"] is False
             assert shown["settings"]["interactive_samples"] == 2

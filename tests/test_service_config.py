@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pagedd_daemon.front.config import ConfigError
-from pagedd_daemon.front.config_file import ConfigFile, change_app, key_lines, load, parse
+from pagedd_daemon.front.config_file import change_app, key_lines, load, parse
+from pagedd_daemon.front.config_model import ConfigFile
 
 GOOD = """\
 # mine
@@ -68,7 +69,8 @@ def test_every_mistake_is_named_at_once_with_its_line_and_what_was_expected() ->
         "config.toml:10 apps.a b",
     ]
     assert lines[0].endswith("expected greater than or equal to 0")
-    assert lines[1].endswith("expected no such setting")
+    assert lines[1].endswith("expected a setting that exists")
+    assert lines[5].endswith("expected weight, perhaps: nothing has this name")
     assert "'interactive', 'normal' or 'background'" in lines[2]
 
 

@@ -23,7 +23,7 @@ def test_requests_wait_for_the_model_that_start_up_loads() -> None:
     async def scenario() -> None:
         async with Front() as front:
             front.source.automatic = False
-            front.service.preload()
+            front.service.preload(lambda error: None)
             client = front.connect()
             request = client.generate()
             engine = await front.source.engine(0)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,13 +119,18 @@ def environment(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_daemon(
-    model: str = "simulated", *, load: bool = True, **options: str | float
+    model: str = "simulated",
+    *,
+    load: bool = True,
+    environ: Mapping[str, str] | None = None,
+    **options: str | float,
 ) -> Iterator[RunningDaemon]:
     """``pagedd serve``, stopped by SIGTERM at the end, which it must survive with exit status 0.
 
     Args:
         model: Name or path; with ``simulated`` the backend is the simulated one.
         load: Wait until the model serves.
+        environ: Further variables of the daemon's environment.
         options: Options of ``pagedd serve``: ``kv_tokens=4096`` for ``--kv-tokens 4096``.
     """
     # Socket paths hold 107 bytes, and pytest's own temporary folders are long.
@@ -138,7 +143,11 @@ def running_daemon(
         for option, value in options.items():
             command += [f"--{option.replace('_', '-')}", str(value)]
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            env={**env, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         daemon = RunningDaemon(process, folder, env)
         try:

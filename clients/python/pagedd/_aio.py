@@ -180,6 +180,10 @@ class AsyncClient:
         fields = {"app": name, "settings": dict(settings)}
         return await self._ask("apps.set", fields, timeout, control=True)
 
+    async def reload(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Have the configuration file read again; see `pagedd.Control.reload`."""
+        return await self._ask("reload", {}, timeout, control=True)
+
     async def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Ask the daemon to exit, with ``drain`` once its streams have ended."""
         await self._ask("shutdown", {"drain": drain}, timeout, control=True)

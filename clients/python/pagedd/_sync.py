@@ -96,6 +96,19 @@ class Control:
         fields = {"app": name, "settings": dict(settings)}
         return self._ask("apps.set", fields, timeout, control=True)
 
+    def reload(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Have the daemon read its configuration file again.
+
+        Returns:
+            ``applied``, ``next_load`` and ``restart``: the settings that changed, by when their
+            change holds.
+
+        Raises:
+            RequestError: ``E_CONFIG``: the file is wrong, and nothing has changed. ``E_FORBIDDEN``:
+                the caller is not the daemon's own user.
+        """
+        return self._ask("reload", {}, timeout, control=True)
+
     def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Ask the daemon to exit, with ``drain`` once its streams have ended. Does not wait."""
         self._ask("shutdown", {"drain": drain}, timeout, control=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pagedd_daemon.front.accounts import Account
-from pagedd_daemon.front.config_file import AppSettings, ConfigFile, UnknownApps, change_app
+from pagedd_daemon.front.config_file import change_app
+from pagedd_daemon.front.config_model import AppSettings, ConfigFile, UnknownApps
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.messages import App
 

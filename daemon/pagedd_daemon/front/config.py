@@ -30,13 +30,14 @@ def memory_bytes() -> int:
     return total
 
 
-def _quarter_of_memory() -> int:
+def quarter_of_memory() -> int:
+    """Bytes; what the RAM tier of KV may take by default."""
     return memory_bytes() // 4
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of one daemon, fixed for its life."""
+    """Settings of one daemon. What a reload changes makes a new one of these."""
 
     socket_dir: Path
     """Directory of the two sockets and the lock; made with mode 0700 where it is missing."""
@@ -51,7 +52,7 @@ class Settings:
     torch where there is a GPU that can compute the model, else llama.cpp."""
     kv_tokens: int = 0
     """Tokens of the first KV tier; 0: chosen by the engine from the memory of the machine."""
-    ram_bytes: int = field(default_factory=_quarter_of_memory)
+    ram_bytes: int = field(default_factory=quarter_of_memory)
     """Bytes the RAM tier of KV may take. A quarter of the memory by default: the desktop, the
     weights and the page cache that holds them need the rest."""
     threads: int = 0
@@ -71,6 +72,8 @@ class Settings:
     drain_s: float = 30.0
     """Seconds live streams get to end by themselves after SIGTERM or ``shutdown``; well below the
     90 s after which service managers kill."""
+    pinned: frozenset[str] = frozenset()
+    """Fields that the command line gave: a reload of the file leaves them as they are."""
     simulated_step_us: int = 1000
     """Simulated backend only: fixed part of a step's time, in microseconds."""
     simulated_token_us: int = 0

@@ -7,100 +7,23 @@ mistake: ``file:line key: what was expected``.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from pagedd_daemon.front.config import BACKENDS, ConfigError
-from pagedd_daemon.front.requests import seconds
+from pagedd_daemon.front.config import ConfigError
+from pagedd_daemon.front.config_model import AppSettings, ConfigFile, known_keys
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-_MOST = 2**31 - 1
-_Count = Annotated[int, Field(ge=0, le=_MOST)]
-_Duration = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(seconds)]
-
-
-def _backend(value: str) -> str:
-    if value not in BACKENDS:
-        raise ValueError(f"one of {', '.join(BACKENDS)}")
-    return value
-
-
-class _Table(BaseModel):
-    """A table of the file: no key that is not known, no value of another type."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class AppSettings(_Table):
-    """``[apps.NAME]``: what holds for one app."""
-
-    ceiling: Literal["interactive", "normal", "background"] = Field("interactive", alias="class")
-    """The most important class it gets, whatever it claims."""
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Its share beside one with weight 1, of the same class and user."""
-    max_running: _Count = 0
-    """Requests that run at the same time; further ones wait. 0: any number."""
-    max_queued: _Count = 0
-    """Requests that wait; further ones are refused (``E_BUSY``). 0: any number."""
-    kv_floor: _Count = 0
-    """Tokens of the pool that its running requests keep while others can be paged out instead."""
-    kv_ceiling: Annotated[int, Field(ge=0, le=_MOST)] = 0
-    """Tokens of the pool that its running requests never exceed. 0: all."""
-    deadline_ms: _Count = 0
-    """The deadline of its requests that name none. 0: none."""
-    share: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    """Apps of one user with the same word here share prefixes; others do not."""
-    executable: Annotated[str, Field(pattern="^/")] | None = None
-    """These settings are for the app that is this program, and for none that only takes its
-    name."""
-
-
-class UnknownApps(_Table):
-    """``[unknown]``: what holds for each app without settings of its own."""
-
-    ceiling: Literal["interactive", "normal", "background"] = Field("interactive", alias="class")
-    interactive_samples: _Count = 2
-    """Samples that one program's unknown apps have in the interactive class at the same time; what
-    goes beyond is normal. Anybody can say ``interactive``."""
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    max_running: _Count = 0
-    max_queued: _Count = 0
-    kv_ceiling: _Count = 0
-    deadline_ms: _Count = 0
-
-
-class ServeSettings(_Table):
-    """``[serve]``: options of ``pagedd serve``; what the command line says comes first."""
-
-    model: Annotated[str, Field(min_length=1)] | None = None
-    backend: Annotated[str, AfterValidator(_backend)] | None = None
-    kv_tokens: _Count | None = None
-    ram_gb: Annotated[float, Field(ge=0)] | None = None
-    threads: _Count | None = None
-    context: _Count | None = None
-    keep_alive: _Duration | None = None
-    drain: _Duration | None = None
-    log_level: Literal["debug", "info", "warning", "error"] | None = None
-
-
-class ConfigFile(_Table):
-    """The whole file."""
-
-    serve: ServeSettings = Field(default_factory=ServeSettings)
-    unknown: UnknownApps = Field(default_factory=lambda: UnknownApps.model_validate({}))
-    apps: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")], AppSettings] = Field(
-        default_factory=dict
-    )
 
 
 def load(path: Path) -> ConfigFile:
@@ -133,9 +56,11 @@ def parse(text: str, name: str) -> ConfigFile:
         config = ConfigFile.model_validate(document)
     except ValidationError as errors:
         found = [(tuple(map(str, e["loc"])), e) for e in errors.errors(include_url=False)]
-        raise ConfigError(
-            "\n".join(_said(name, lines, _keys(path), _expected(e)) for path, e in found)
-        ) from errors
+        said = [
+            (_line(lines, _keys(path)), _said(name, lines, _keys(path), _expected(e)))
+            for path, e in found
+        ]
+        raise ConfigError("\n".join(text for _, text in sorted(said))) from errors
     problems = _contradictions(config)
     if problems:
         raise ConfigError("\n".join(_said(name, lines, path, why) for path, why in problems))
@@ -171,7 +96,9 @@ def _keys(path: tuple[str, ...]) -> tuple[str, ...]:
 
 def _expected(error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return "no such setting"
+        *table, key = map(str, error["loc"])
+        near = difflib.get_close_matches(key, known_keys(tuple(table)), n=1)
+        return f"{near[0]}, perhaps: nothing has this name" if near else "a setting that exists"
     message: str = error["msg"]
     return message.removeprefix("Input should be ").removeprefix("Value error, ")
 
@@ -179,11 +106,14 @@ def _expected(error: Any) -> str:
 def _said(
     name: str, lines: Mapping[tuple[str, ...], int], path: tuple[str, ...], expected: str
 ) -> str:
-    known = path
-    while known and known not in lines:
-        known = known[:-1]
-    line = lines.get(known, 1)
-    return f"{name}:{line} {'.'.join(path)}: expected {expected}"
+    return f"{name}:{_line(lines, path)} {'.'.join(path)}: expected {expected}"
+
+
+def _line(lines: Mapping[tuple[str, ...], int], path: tuple[str, ...]) -> int:
+    """Where a key stands, or the table that should have it."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 1)
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -221,8 +151,16 @@ def _path(key: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
+Keys = tuple[str, ...]
+
+
 def change_app(path: Path, name: str, settings: Mapping[str, Any]) -> ConfigFile:
-    """Change settings of one app in the file; None takes one away. Comments stay.
+    """`change` settings of one app."""
+    return change(path, {("apps", name, key): value for key, value in settings.items()})
+
+
+def change(path: Path, settings: Mapping[Keys, Any]) -> ConfigFile:
+    """Change settings in the file, each named by its keys; None takes one away. Comments stay.
 
     The file is replaced as a whole or not at all, and only by one that is right.
 
@@ -235,13 +173,15 @@ def change_app(path: Path, name: str, settings: Mapping[str, Any]) -> ConfigFile
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     parse(text, str(path))
     document: Any = tomlkit.parse(text)
-    apps = document.setdefault("apps", tomlkit.table(is_super_table=True))
-    app = apps.setdefault(name, tomlkit.table())
-    for key, value in settings.items():
+    for (*tables, key), value in settings.items():
+        table = document
+        for depth, name in enumerate(tables, 1):
+            outer = tomlkit.table(is_super_table=depth < len(tables))
+            table = table.setdefault(name, outer)
         if value is None:
-            app.pop(key, None)
+            table.pop(key, None)
         else:
-            app[key] = value
+            table[key] = value
     changed = tomlkit.dumps(document)
     config = parse(changed, str(path))
     _replace(path, changed)

@@ -7,18 +7,23 @@ find at the path. When some have connected, a new listening socket takes its pla
 old one, which nobody can reach any more, is handed over: libzmq accepts those in its queue, whose
 length we chose, and no others. While there is no room for so many, they wait in the kernel.
 
+A socket that the service manager made is our first one, and still the manager's when we end: it is
+put back at its path then, under a second name of its file until then.
+
 (A client that blocks in `connect` because a queue is full looks the path up again when it wakes:
 unix_stream_connect in net/unix/af_unix.c.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
 import socket
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +67,12 @@ class SocketPathError(Exception):
 class SocketDirectory:
     """The directory, held by a lock for as long as this object is open."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inherited: Mapping[str, socket.socket] | None = None) -> None:
         """Takes the directory, which is created if need be.
+
+        Args:
+            path: The directory.
+            inherited: Sockets that listen there already, made by the service manager.
 
         Raises:
             AlreadyRunning: Another daemon holds it.
@@ -73,6 +82,10 @@ class SocketDirectory:
         self._ours: dict[str, tuple[int, int]] = {}
         """Name -> device and inode of the socket we have there."""
         self._made = 0
+        self._inherited = dict(inherited or {})
+        """Those that were not asked for yet."""
+        self._managed: set[str] = set()
+        """Names whose first socket is the service manager's."""
         _check_directory(path)
         self._lock_fd = _lock(path / LOCK_NAME)
 
@@ -85,6 +98,8 @@ class SocketDirectory:
             SocketPathError: Something that is not our socket lies there. It is kept.
         """
         path = self.path / name
+        if name in self._inherited:
+            return self._take_over(name, backlog)
         if len(os.fsencode(path)) > _MAX_PATH_BYTES:
             raise SocketPathError(
                 path, f"the path of a Unix socket has at most {_MAX_PATH_BYTES} bytes"
@@ -117,15 +132,44 @@ class SocketDirectory:
         self._ours[name] = identity
         return sock
 
+    def _take_over(self, name: str, backlog: int) -> socket.socket:
+        """The manager's socket, with a queue of the length we count on.
+
+        Its file keeps a second name, under which the manager's socket can be put back.
+        """
+        sock = self._inherited.pop(name)
+        path, kept = self.path / name, self.path / _kept(name)
+        try:
+            sock.listen(backlog)
+            if kept.is_socket():
+                # A daemon before us ended without putting it back.
+                os.replace(kept, path)
+            os.link(path, kept)
+        except OSError as error:
+            sock.close()
+            raise SocketPathError(path, error.strerror or str(error)) from error
+        self._managed.add(name)
+        identity = self._identity(path)
+        assert identity is not None
+        self._ours[name] = identity
+        return sock
+
     def close(self) -> None:
-        """Removes our sockets and gives the directory up.
+        """Removes our sockets, puts the service manager's back, and gives the directory up.
 
         The lock file stays: removing one races with the next daemon that opens it.
         """
         if self._lock_fd < 0:
             return
+        for sock in self._inherited.values():
+            sock.close()
         for name, identity in self._ours.items():
-            if self._identity(self.path / name) == identity:
+            if name in self._managed:
+                with contextlib.suppress(FileNotFoundError):
+                    # (Where both names are one file, rename leaves both.)
+                    os.replace(self.path / _kept(name), self.path / name)
+                    os.unlink(self.path / _kept(name))
+            elif self._identity(self.path / name) == identity:
                 os.unlink(self.path / name)
         self._ours.clear()
         os.ftruncate(self._lock_fd, 0)
@@ -139,6 +183,10 @@ class SocketDirectory:
         except FileNotFoundError:
             return None
         return found.st_dev, found.st_ino
+
+
+def _kept(name: str) -> str:
+    return f".{name}.manager"
 
 
 def _check_directory(path: Path) -> None:

@@ -171,6 +171,14 @@ class Models:
         self._queue.append(_Unload(done))
         self._pump()
 
+    def keep_alive(self, seconds: float) -> None:
+        """How long models stay from now on, where no request said otherwise."""
+        if self._keep_alive_s == self._default_keep_alive_s != seconds:
+            self._keep_alive_s = seconds
+            self._stay()
+            self._watch_idle()
+        self._default_keep_alive_s = seconds
+
     @property
     def expires_s(self) -> float | None:
         """Seconds until the loaded model is unloaded if nobody uses it; None: never."""

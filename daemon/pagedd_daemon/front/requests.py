@@ -507,6 +507,12 @@ class AppsSet(Request):
     ]
 
 
+class Reload(Request):
+    """Reads the configuration file again."""
+
+    verb = "reload"
+
+
 class Shutdown(Request):
     """Ends the daemon."""
 
@@ -530,4 +536,4 @@ DataRequest = (
 )
 """What the service answers on the data socket; the transport itself answers `Hello` and `Bye`."""
 
-ControlRequest = Cancel | Status | Stats | Ping | AppsList | AppsShow | AppsSet | Shutdown
+ControlRequest = Cancel | Status | Stats | Ping | AppsList | AppsShow | AppsSet | Reload | Shutdown

@@ -12,18 +12,23 @@ import contextlib
 import gc
 import logging
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from enum import IntEnum
 
 from pagedd._version import __version__
+from pagedd_daemon.front.activation import inherited
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.auth import AuthenticationBroken
 from pagedd_daemon.front.config import ConfigError, Settings, cuda_device_present, gpu_usable
-from pagedd_daemon.front.config_file import ConfigFile, load
+from pagedd_daemon.front.config_file import load
+from pagedd_daemon.front.config_model import ConfigFile
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import HelperError, HelperPool
 from pagedd_daemon.front.limits import DEFAULT_LIMITS
 from pagedd_daemon.front.listener import AlreadyRunning, SocketPathError
+from pagedd_daemon.front.notify import Notifier
 from pagedd_daemon.front.service import FrontService
 from pagedd_daemon.front.source import ModelSource
 from pagedd_daemon.front.transport import ZmqTransport
@@ -36,6 +41,11 @@ FLUSH_S = 2.0
 
 FORCED_FLUSH_S = 0.2
 """The same after a second signal."""
+
+
+_EXTEND_S = 15.0
+_LOAD_MOST_S = 1800.0
+"""The service manager is asked every so many seconds to wait on, and for so long in all."""
 
 
 class Exit(IntEnum):
@@ -51,8 +61,13 @@ class Exit(IntEnum):
 class Server:
     """One daemon."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, inherited: Mapping[str, socket.socket]) -> None:
+        """``inherited``: listening sockets of the service manager's."""
         self._settings = settings
+        self._inherited = inherited
+        self._manager = Notifier()
+        self._extension: asyncio.TimerHandle | None = None
+        """Asks the service manager for more time while a model loads."""
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -66,6 +81,10 @@ class Server:
                 signals.callback(self._loop.remove_signal_handler, number)
             status = await self._startup()
             if status is Exit.OK:
+                # At a terminal it means that somebody has closed that.
+                hung_up = self._asked_to_stop if sys.stderr.isatty() else self._asked_to_reload
+                self._loop.add_signal_handler(signal.SIGHUP, hung_up)
+                signals.callback(self._loop.remove_signal_handler, signal.SIGHUP)
                 await self._stop.wait()
                 await self._shutdown()
         return status
@@ -76,9 +95,40 @@ class Server:
             self._force.set()
         self._stop.set()
 
+    def _preloaded(self, error: WireError | None) -> None:
+        """A request would be served now, or told what is wrong."""
+        if self._extension is not None:
+            self._extension.cancel()
+        self._manager.ready("serving" if error is None else f"serving, but: {error.message}")
+
+    def _ask_for_time(self, left_s: float) -> None:
+        """While a model loads, the service manager waits; not for ever, for it may hang."""
+        if left_s > 0 and self._manager.heard:
+            self._manager.more_time(2 * _EXTEND_S)
+            self._extension = self._loop.call_later(
+                _EXTEND_S, self._ask_for_time, left_s - _EXTEND_S
+            )
+
+    def _asked_to_reload(self) -> None:
+        self._reloading = asyncio.ensure_future(self._reload())
+
+    async def _reload(self) -> None:
+        """Read the configuration file again; one that is wrong changes nothing."""
+        self._manager.reloading()
+        try:
+            said = (await self._service.administration.reload()).sentence()
+        except ConfigError as error:
+            log.error("the settings stay as they were:\n%s", error)
+            said = "the configuration file is wrong; the settings stay as they were"
+        self._manager.ready(said)
+
+    def _settings_changed(self, settings: Settings) -> None:
+        self._settings = self._source.settings = settings
+        logging.getLogger().setLevel(settings.log_level.upper())
+
     async def _startup(self) -> Exit:
         settings = self._settings
-        source = ModelSource(settings, Registry(), self._pool)
+        source = self._source = ModelSource(settings, Registry(), self._pool)
         try:
             config = load(settings.config_file) if settings.config_file else ConfigFile()
         except ConfigError as error:
@@ -96,6 +146,8 @@ class Server:
             default=default,
             keep_alive_s=settings.keep_alive_s,
             apps=apps,
+            settings=settings,
+            on_settings=self._settings_changed,
             on_shutdown=self._asked_to_stop,
         )
         if settings.backend == "auto" and cuda_device_present() and not gpu_usable():
@@ -103,7 +155,9 @@ class Server:
                 "An NVIDIA GPU is present, but not used: pagedd[cuda] is not installed. "
                 "Computing on the CPU."
             )
-        self._transport = ZmqTransport(settings.socket_dir, DEFAULT_LIMITS, self._service)
+        self._transport = ZmqTransport(
+            settings.socket_dir, DEFAULT_LIMITS, self._service, self._inherited
+        )
         self._service.transport = self._transport
         try:
             await self._transport.start()
@@ -112,12 +166,16 @@ class Server:
         except (SocketPathError, AuthenticationBroken) as error:
             return _refuse(Exit.CONFIG, str(error))
         if settings.model is not None:
-            self._service.preload()
+            self._manager.status(f"loading {settings.model}")
+            self._service.preload(self._preloaded)
+            self._ask_for_time(_LOAD_MOST_S)
         try:
             await self._pool.start()
         except HelperError as error:
             await self._transport.stop(0)
             return _refuse(Exit.DEFECT, error.message)
+        if settings.model is None:
+            self._preloaded(None)
         gc.collect()
         gc.freeze()  # a full collection of what start-up made takes 4 ms; none after this
         gc.set_threshold(50_000, 20, 50)  # tokens make no cycles: no search every 700 of them
@@ -126,6 +184,8 @@ class Server:
 
     async def _shutdown(self) -> None:
         """Let live streams end, then end everything."""
+        self._manager.stopping("draining")
+        self._manager.more_time(self._settings.drain_s + 30)
         log.info("draining for at most %g s", self._settings.drain_s)
         self._service.drain()
         if not self._force.is_set():
@@ -142,6 +202,23 @@ class Server:
         log.info("stopped")
 
 
+def _inherited(settings: Settings) -> Mapping[str, socket.socket]:
+    """Sockets the service manager listens at for us.
+
+    Raises:
+        ConfigError: They are others than the daemon's.
+    """
+    found = inherited()
+    if found is None:
+        return {}
+    if found.directory.resolve() != settings.socket_dir.resolve():
+        raise ConfigError(
+            f"the service manager listens in {found.directory}, the daemon is to serve in "
+            f"{settings.socket_dir}: give both the same directory"
+        )
+    return found.sockets
+
+
 def _refuse(status: Exit, reason: str) -> Exit:
     print(f"pagedd: {reason}", file=sys.stderr)
     return status
@@ -155,8 +232,13 @@ def main(settings: Settings) -> int:
         stream=sys.stderr,
     )
 
+    try:
+        sockets = _inherited(settings)
+    except ConfigError as error:
+        return _refuse(Exit.CONFIG, str(error))
+
     async def run() -> int:
-        return await Server(settings).run()
+        return await Server(settings, sockets).run()
 
     try:
         return asyncio.run(run())

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from array import array
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.accounts import Accounts
+from pagedd_daemon.front.administration import Administration, AdminRequest
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.calls import Call, Calls, Peer
-from pagedd_daemon.front.config import ConfigError
+from pagedd_daemon.front.config import Settings
 from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
@@ -58,9 +58,12 @@ class FrontService:
         default: Entry | None = None,
         keep_alive_s: float = 300.0,
         apps: Apps | None = None,
+        settings: Settings | None = None,
+        on_settings: Callable[[Settings], None] = lambda settings: None,
         on_shutdown: Callable[[bool], None],
     ) -> None:
-        """``on_shutdown`` hears of a client that asked the daemon to end, and whether to drain."""
+        """``on_settings`` hears of settings that a reload replaced; ``on_shutdown`` of a client
+        that asked the daemon to end, and whether to drain."""
         self._source = source
         self._clock = clock
         self._limits = limits
@@ -72,21 +75,31 @@ class FrontService:
             limits, lambda connection, event: self.transport.send(connection, event)
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._changing = asyncio.Lock()
         self.models = Models(
             source, clock, default, keep_alive_s, self._engine_said, self._engine_ended
         )
         self._accounts = Accounts()
         self._streams = Streams(self.models, clock, self._apps, self._stream_over)
         self.board = Board(self.models, self._streams, self._accounts, self._apps, clock, version)
+        self.administration = Administration(
+            self._apps, self._accounts, self.models, self.board, clock, settings, on_settings
+        )
 
     # ------------------------------------------------------------ life of the daemon
 
-    def preload(self) -> None:
-        """Begin to load the configured model; requests need not wait for this call."""
-        if self._default is not None:
-            lease = Lease(lambda model: self.models.release(lease), lambda error: None)
-            self.models.acquire(lease, self._default)
+    def preload(self, over: Callable[[WireError | None], None]) -> None:
+        """Begin to load the configured model; requests need not wait for this call.
+
+        ``over`` hears when it serves, or why it cannot.
+        """
+        assert self._default is not None
+
+        def loaded(model: Model) -> None:
+            self.models.release(lease)
+            over(None)
+
+        lease = Lease(loaded, over)
+        self.models.acquire(lease, self._default)
 
     def drain(self) -> None:
         """Refuse new requests from now on."""
@@ -100,6 +113,7 @@ class FrontService:
         """End what is still live, then the engine."""
         for call in self._calls.live():
             self._fail(call, WireError("E_DRAINING", "the daemon has shut down"))
+        self.administration.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -157,63 +171,11 @@ class FrontService:
             self.board.fresh(lambda: result(self.board.stats()))
         elif isinstance(request, r.Ping):
             result(self.board.ping())
-        elif isinstance(request, r.AppsList):
-            names = {*self._apps.config.apps, *(row["app"] for row in self.board.apps())}
-            result({"apps": [self._app(name) for name in sorted(names)]})
-        elif isinstance(request, r.AppsShow):
-            result(self._app(request.app))
-        elif isinstance(request, r.AppsSet):
-            self._set_app(uid, request, reply, result)
+        elif isinstance(request, AdminRequest):
+            self.administration.answer(uid, request, reply, result)
         else:
             result({})
             self._on_shutdown(request.drain)
-
-    def _app(self, name: str) -> dict[str, Any]:
-        """An app's settings, and who is connected under its name."""
-        connected = [row for row in self.board.apps() if row["app"] == name]
-        return {**self._apps.described(name), "connected": connected}
-
-    def _set_app(
-        self,
-        uid: int,
-        request: r.AppsSet,
-        reply: Callable[[Event], None],
-        result: Callable[[dict[str, Any]], None],
-    ) -> None:
-        """Change an app's settings, in the file and at once.
-
-        Raises:
-            WireError: ``E_FORBIDDEN``.
-        """
-        if uid != os.geteuid():
-            raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
-
-        def done(changed: asyncio.Task[None]) -> None:
-            self._tasks.discard(changed)
-            if changed.cancelled():
-                return
-            error = changed.exception()
-            if error is None:
-                result(self._app(request.app))
-                return
-            if not isinstance(error, (ConfigError, OSError)):
-                log.error("settings could not be changed", exc_info=error)
-            reply(WireError("E_CONFIG", str(error)).as_event(request.id, 0))
-
-        task = asyncio.ensure_future(self._change_app(request))
-        self._tasks.add(task)
-        task.add_done_callback(done)
-
-    async def _change_app(self, request: r.AppsSet) -> None:
-        async with self._changing:  # one at a time: each begins with the file as the last left it
-            self._apps.config = await asyncio.to_thread(
-                self._apps.change, request.app, request.settings
-            )
-        model = self.models.current
-        if model is not None:
-            for account in self._accounts.listed(self._clock.time()):
-                if account.live:
-                    model.engine.send(self._apps.message(account))
 
     def closed(self, connection: Connection) -> None:
         """See `ports.Service`."""

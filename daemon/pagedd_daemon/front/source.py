@@ -71,7 +71,8 @@ class ModelSource:
     """Implements `models.Source`."""
 
     def __init__(self, settings: Settings, registry: Registry, pool: HelperPool) -> None:
-        self._settings = settings
+        self.settings = settings
+        """What the next load of a model is made with."""
         self._registry = registry
         self._pool = pool
 
@@ -81,7 +82,7 @@ class ModelSource:
         Raises:
             WireError: ``E_MODEL``: one was configured and cannot be used.
         """
-        settings = self._settings
+        settings = self.settings
         if settings.model is not None:
             return await self.resolve(settings.model)
         if settings.backend == "simulated":
@@ -97,7 +98,7 @@ class ModelSource:
             entry = await asyncio.to_thread(self._registry.resolve, name)
         except ModelError as error:
             raise _refused(error) from error
-        backend = self._settings.backend
+        backend = self.settings.backend
         if backend in ("llama.cpp", "torch") and entry.path is None:
             raise WireError(
                 "E_MODEL", f"the backend {backend} cannot run {name}", details={"name": name}
@@ -120,7 +121,7 @@ class ModelSource:
         """See `models.Source`."""
         assert isinstance(entry, ModelEntry)
         assert isinstance(text, HelperText)
-        settings = self._settings
+        settings = self.settings
         pieces = text.model.table
         simulated = settings.backend == "simulated" or entry.path is None
         return Configure(
@@ -144,12 +145,12 @@ class ModelSource:
     def _backend(self) -> str:
         """What the engine is asked for: to look for a GPU only where there may be one, since
         loading torch takes seconds."""
-        settings = self._settings
+        settings = self.settings
         if settings.backend == "auto" and not gpu_usable():
             return "llama.cpp"
         return settings.backend
 
     async def spawn(self, listener: EngineListener) -> Engine:
         """See `models.Source`."""
-        command = ("-m", "pagedd_daemon.engine", "--log-level", self._settings.log_level)
+        command = ("-m", "pagedd_daemon.engine", "--log-level", self.settings.log_level)
         return await EngineProcess.spawn(listener, command)

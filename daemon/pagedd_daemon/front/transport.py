@@ -12,8 +12,9 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,8 +79,16 @@ class _Peer:
 class ZmqTransport:
     """Implements `pagedd_daemon.front.ports.Transport`."""
 
-    def __init__(self, socket_dir: Path, limits: Limits, service: Service) -> None:
+    def __init__(
+        self,
+        socket_dir: Path,
+        limits: Limits,
+        service: Service,
+        inherited: Mapping[str, socket.socket] | None = None,
+    ) -> None:
+        """``inherited``: sockets of the service manager's that listen in ``socket_dir``."""
         self._path = socket_dir
+        self._inherited = inherited
         self._limits = limits
         self._service = service
         self._authenticator = Authenticator()
@@ -113,7 +122,7 @@ class ZmqTransport:
             AuthenticationBroken: A connection that must be refused was let in.
         """
         self._loop = loop = asyncio.get_running_loop()
-        self._directory = SocketDirectory(self._path)
+        self._directory = SocketDirectory(self._path, self._inherited)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # For each client a connection and a control connection, both with a listening socket, and a
         # pidfd; twice that for the guard.

@@ -44,6 +44,7 @@ CONTROL_VERBS: Mapping[str, type[r.Request]] = {
     for kind in (
         *(r.Cancel, r.Status, r.Stats, r.Ping),
         *(r.AppsList, r.AppsShow, r.AppsSet),
+        r.Reload,
         r.Shutdown,
     )
 }

@@ -6,7 +6,6 @@ one line for people or one JSON document, and into an exit code of sysexits.h.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from pagedd._errors import (
     ProtocolViolation,
 )
 from pagedd._verbs import DEFAULT_TIMEOUT_S
-from pagedd.cli._output import print_json, printable
+from pagedd.cli._output import nearest, print_json, printable
 
 EX_USAGE = 64
 EX_DATAERR = 65
@@ -92,6 +91,9 @@ class CommandError(PageddError):
 class Commands(click.Group):
     """A group that answers a misspelt command with the nearest one."""
 
+    group_class = type
+    """Groups within are of this kind too (click's word for it)."""
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -102,8 +104,8 @@ class Commands(click.Group):
         """
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
-            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
-            hint = f": did you mean '{near[0]}'?" if near else ""
+            near = nearest(name, self.list_commands(ctx))
+            hint = f": did you mean '{near}'?" if near else ""
             raise click.UsageError(f"there is no command '{name}'{hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Every command is a module of its own; importing them registers them.
-    from pagedd.cli import _act, _apps, _ask, _pull, _serve, _show  # noqa: F401
+    from pagedd.cli import _act, _apps, _ask, _config, _pull, _serve, _show  # noqa: F401
 
     try:
         status = commands.main(given, prog_name="pagedd", standalone_mode=False)

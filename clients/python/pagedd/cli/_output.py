@@ -5,6 +5,7 @@ Tables are plain text without box drawing or colour, so they read the same in a 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -115,3 +116,9 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
                 (f"{prefix}{name}", f"{value:.3f}" if type(value) is float else str(value))
             )
     return pairs
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that ``word`` may have been meant to be."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return near[0] if near else None

@@ -13,7 +13,8 @@ from click.core import ParameterSource
 
 from pagedd._paths import config_file as default_config_file
 from pagedd._paths import socket_dir as default_socket_dir
-from pagedd.cli._app import EX_CONFIG, EX_UNAVAILABLE, CommandError, as_json, commands
+from pagedd.cli._app import EX_CONFIG, CommandError, as_json, commands
+from pagedd.cli._daemon import daemon_modules
 
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -114,49 +115,29 @@ def serve(
 
     With --json only an error is printed, as JSON; the log goes to standard error either way.
     """
-    settings_module, file_module, server = _daemon()
+    daemon = daemon_modules()
     path = config or default_config_file()
     options = {"model": model, "ram_gb": ram_gb, "context": context, **others}
     options |= {"keep_alive": keep_alive, "drain": drain}
+    if ram_gb is not None:
+        options["ram_gb"] = int(ram_gb * 10**9)
+    given = {
+        daemon.config_model.FIELDS.get(name, name): value
+        for name, value in options.items()
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
     try:
-        for name, value in file_module.load(path).serve.model_dump(exclude_none=True).items():
-            if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
-                options[name] = value
-        if (gigabytes := options.pop("ram_gb")) is not None:
-            options["ram_bytes"] = int(gigabytes * 10**9)
-        settings = settings_module.Settings(
+        values = daemon.config_file.load(path).serve.as_settings() | given
+        settings = daemon.config.Settings(
             socket_dir=socket_dir or default_socket_dir(),
             config_file=path,
-            context_tokens=options.pop("context"),
-            keep_alive_s=options.pop("keep_alive"),
-            drain_s=options.pop("drain"),
-            **options,
+            pinned=frozenset(given),
+            **values,
         )
-    except settings_module.ConfigError as error:
+    except daemon.config.ConfigError as error:
         raise CommandError(str(error), code="E_CONFIG", exit_code=EX_CONFIG) from None
+    server = importlib.import_module("pagedd_daemon.front.server")
     status = int(server.main(settings))
     if json_ and status:
         raise CommandError("the daemon did not run", code="E_DAEMON", exit_code=status, advice=_LOG)
     return status
-
-
-def _daemon() -> tuple[Any, Any, Any]:
-    """The daemon's modules. By name: the client is installed without the daemon's libraries too,
-    and imports point from the daemon to the client.
-
-    Raises:
-        CommandError: The daemon's libraries are not installed.
-    """
-    try:
-        return (
-            importlib.import_module("pagedd_daemon.front.config"),
-            importlib.import_module("pagedd_daemon.front.config_file"),
-            importlib.import_module("pagedd_daemon.front.server"),
-        )
-    except ModuleNotFoundError as error:
-        raise CommandError(
-            f"the daemon needs the Python package '{error.name}', which is not installed",
-            code="E_NOT_INSTALLED",
-            exit_code=EX_UNAVAILABLE,
-            advice="Install it with: pip install 'pagedd[cpu]'",
-        ) from None

@@ -1,0 +1,142 @@
+"""What the person at the machine asks of a running daemon: settings of apps, and reading the file
+again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.accounts import Accounts
+from pagedd_daemon.front.apps import Apps
+from pagedd_daemon.front.config import ConfigError, Settings
+from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.model_ports import Clock
+from pagedd_daemon.front.models import Models
+from pagedd_daemon.front.ports import Event
+from pagedd_daemon.front.reload import Changes, reread
+from pagedd_daemon.front.status import Board
+
+log = logging.getLogger("pagedd.settings")
+
+AdminRequest = r.AppsList | r.AppsShow | r.AppsSet | r.Reload
+Answer = Callable[[dict[str, Any]], None]
+
+
+class Administration:
+    """Answers the control verbs ``apps.*`` and ``reload``."""
+
+    def __init__(
+        self,
+        apps: Apps,
+        accounts: Accounts,
+        models: Models,
+        board: Board,
+        clock: Clock,
+        settings: Settings | None = None,
+        changed: Callable[[Settings], None] = lambda settings: None,
+    ) -> None:
+        """``changed`` hears of settings that a reload has replaced."""
+        self._apps = apps
+        self._accounts = accounts
+        self._models = models
+        self._board = board
+        self._clock = clock
+        self._settings = settings
+        self._settings_changed = changed
+        self._changing = asyncio.Lock()
+        """One at a time: each begins with the file as the last left it."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def stop(self) -> None:
+        """What is being changed is given up."""
+        for task in self._tasks:
+            task.cancel()
+
+    def answer(
+        self, uid: int, request: AdminRequest, reply: Callable[[Event], None], result: Answer
+    ) -> None:
+        """Answer a request, now or later.
+
+        Raises:
+            WireError: ``E_FORBIDDEN``: another user than the daemon's wants to change something.
+        """
+        if isinstance(request, r.AppsList):
+            names = {*self._apps.config.apps, *(row["app"] for row in self._board.apps())}
+            result({"apps": [self._app(name) for name in sorted(names)]})
+            return
+        if isinstance(request, r.AppsShow):
+            result(self._app(request.app))
+            return
+        if uid != os.geteuid():
+            raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
+        work = self._set_app(request) if isinstance(request, r.AppsSet) else self._reload_map()
+        self._later(work, request.id, reply, result)
+
+    async def reload(self) -> Changes:
+        """Read the file again; what can hold at once does.
+
+        Raises:
+            ConfigError: The file is wrong, and everything is as before.
+        """
+        if self._settings is None:
+            raise ConfigError("the daemon runs without a configuration file")
+        async with self._changing:
+            changes = await asyncio.to_thread(reread, self._settings, self._apps.config)
+            self._settings = changes.settings
+            self._apps.config = changes.config
+        self._tell_engine()
+        self._models.keep_alive(changes.settings.keep_alive_s)
+        self._settings_changed(changes.settings)
+        log.info("settings read again: %s", changes.sentence())
+        return changes
+
+    def _app(self, name: str) -> dict[str, Any]:
+        """An app's settings, and who is connected under its name."""
+        connected = [row for row in self._board.apps() if row["app"] == name]
+        return {**self._apps.described(name), "connected": connected}
+
+    async def _reload_map(self) -> dict[str, Any]:
+        return (await self.reload()).as_map()
+
+    async def _set_app(self, request: r.AppsSet) -> dict[str, Any]:
+        async with self._changing:
+            self._apps.config = await asyncio.to_thread(
+                self._apps.change, request.app, request.settings
+            )
+        self._tell_engine()
+        return self._app(request.app)
+
+    def _tell_engine(self) -> None:
+        """What apps may have holds for their live requests too."""
+        model = self._models.current
+        if model is not None:
+            for account in self._accounts.listed(self._clock.time()):
+                if account.live:
+                    model.engine.send(self._apps.message(account))
+
+    def _later(
+        self,
+        work: Coroutine[Any, Any, dict[str, Any]],
+        id: str,
+        reply: Callable[[Event], None],
+        result: Answer,
+    ) -> None:
+        def done(task: asyncio.Task[dict[str, Any]]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled():
+                return
+            error = task.exception()
+            if error is None:
+                result(task.result())
+                return
+            if not isinstance(error, (ConfigError, OSError)):
+                log.error("settings could not be changed", exc_info=error)
+            reply(WireError("E_CONFIG", str(error)).as_event(id, 0))
+
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(done)
