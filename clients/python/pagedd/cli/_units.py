@@ -1,0 +1,145 @@
+"""Files and commands that make the daemon a service, for the managers we know.
+
+A further service beside the daemon is a further entry in `SERVICES`: its unit files lie in
+``units/``, with ``@PAGEDD@`` where the command stands.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from pagedd._paths import state_dir
+
+MARK = "Written by 'pagedd service install'"
+"""In each file of ours: others are not overwritten."""
+
+LABEL = "io.pagedd.daemon"
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service that can be installed."""
+
+    units: tuple[str, ...]
+    """Its unit files."""
+    on_demand: tuple[str, ...]
+    """Units to enable so that it starts when it is asked something."""
+    at_login: tuple[str, ...]
+    """Units to enable so that it starts at login."""
+
+
+SERVICES: dict[str, Service] = {
+    "pagedd": Service(
+        units=("pagedd.socket", "pagedd.service"),
+        on_demand=("pagedd.socket",),
+        at_login=("pagedd.socket", "pagedd.service"),
+    )
+}
+
+NAMES = tuple(unit for service in SERVICES.values() for unit in service.units)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFile:
+    """A file to write."""
+
+    path: Path
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What installing and uninstalling come to on this machine."""
+
+    files: tuple[UnitFile, ...]
+    install: tuple[Command, ...]
+    """Once the files are there."""
+    uninstall: tuple[Command, ...]
+    """Before they are removed."""
+    afterwards: tuple[Command, ...]
+    """When they are gone."""
+
+
+def plan(at_login: bool, platform: str = sys.platform) -> Plan:
+    """For this user on this machine."""
+    return _launchd() if platform == "darwin" else _systemd(at_login)
+
+
+def _systemd(at_login: bool) -> Plan:
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    base = Path(config) if os.path.isabs(config) else Path.home() / ".config"
+    folder = base / "systemd" / "user"
+    files = [UnitFile(folder / name, rendered(name, program())) for name in NAMES]
+    chosen: list[str] = []
+    for service in SERVICES.values():
+        chosen += service.at_login if at_login else service.on_demand
+    systemctl = ("systemctl", "--user")
+    reload = (*systemctl, "daemon-reload")
+    others = [name for name in NAMES if name not in chosen]
+    return Plan(
+        files=tuple(files),
+        install=(
+            reload,
+            # From "at login" back to "on demand".
+            *([(*systemctl, "disable", *others)] if others else []),
+            (*systemctl, "enable", *chosen),
+            (*systemctl, "restart", *chosen),
+        ),
+        uninstall=((*systemctl, "disable", "--now", *NAMES),),
+        afterwards=(reload, (*systemctl, "reset-failed")),
+    )
+
+
+def _launchd() -> Plan:
+    path = Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist"
+    arguments = "\n".join(f"    <string>{escape(word)}</string>" for word in (*program(), "serve"))
+    text = template(f"{LABEL}.plist").replace("@ARGUMENTS@", arguments)
+    text = text.replace("@LOG@", escape(str(state_dir() / "daemon.log")))
+    domain = f"gui/{os.getuid()}"
+    return Plan(
+        files=(UnitFile(path, text),),
+        install=(("launchctl", "bootstrap", domain, str(path)),),
+        uninstall=(("launchctl", "bootout", f"{domain}/{LABEL}"),),
+        afterwards=(),
+    )
+
+
+def log_command(lines: int, follow: bool) -> list[str]:
+    """What shows the service's log."""
+    if sys.platform == "darwin":
+        return ["tail", "-n", str(lines), *(["-f"] if follow else []), f"{state_dir()}/daemon.log"]
+    command = ["journalctl", "--user", "--unit", "pagedd.service", "--lines", str(lines)]
+    return [*command, *(["--follow"] if follow else ["--no-pager"])]
+
+
+def program() -> Command:
+    """How this installation's ``pagedd`` is started, by absolute paths."""
+    script = Path(sys.argv[0])
+    if script.name == "pagedd" and os.access(script, os.X_OK):
+        return (str(script.absolute()),)
+    return (sys.executable, "-m", "pagedd")
+
+
+def template(name: str) -> str:
+    """A file of ``units/`` as it is."""
+    return (
+        resources.files("pagedd.cli").joinpath("units").joinpath(name).read_text(encoding="utf-8")
+    )
+
+
+def rendered(name: str, command: Command) -> str:
+    """A unit file that starts ``command``."""
+    return template(name).replace("@PAGEDD@", " ".join(_quoted(word) for word in command))
+
+
+def _quoted(word: str) -> str:
+    """A word of a command line in a unit file (systemd.service(5), "COMMAND LINES")."""
+    word = word.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{word}"' if any(c.isspace() for c in word) or '"' in word else word
