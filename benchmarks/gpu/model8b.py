@@ -34,7 +34,9 @@ def backend_8b(
     )
     backend = serve(model, wishes)
     torch.cuda.synchronize()
-    return backend, {"weights": made - begin, "warm_up": time.monotonic() - made}
+    seconds = {"weights": made - begin, "warm_up": time.monotonic() - made}
+    parts = {f"warm_up, {p.name} ({p.count})": p.seconds for p in backend.load_report.parts}
+    return backend, seconds | parts
 
 
 def late_compiles(report: Report, backend: PagedBackend) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,22 @@ if TYPE_CHECKING:
     from pagedd_daemon.backends.base import Backend
     from pagedd_daemon.messages import Configure
 
-__all__ = ["load_backend"]
+__all__ = ["load_backend", "prepare"]
+
+
+def prepare(backend: str) -> None:
+    """Import what a backend needs, while the front reads the vocabulary: torch takes seconds.
+
+    What is missing, or fails, is found again and reported by `load_backend`.
+    """
+    if backend not in ("torch", "auto"):
+        return
+    with contextlib.suppress(Exception):
+        import torch
+
+        importlib.import_module("pagedd_daemon.backends.paged.load")
+        if torch.cuda.is_available():
+            torch.empty(1, device="cuda")  # the device's context: half a second
 
 
 def load_backend(configure: Configure, progress: Callable[[float], None]) -> Backend:

@@ -10,7 +10,7 @@ import sys
 import time
 
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends import load_backend
+from pagedd_daemon.backends import load_backend, prepare
 from pagedd_daemon.backends.base import ModelLoadError
 from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.engine.grammar import Grammars
@@ -59,6 +59,7 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="pagedd-engine")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the front")
+    parser.add_argument("--prepare", default="", help="backend that will probably be asked for")
     parser.add_argument("--log-level", default="WARNING")
     arguments = parser.parse_args()
     logging.basicConfig(
@@ -67,6 +68,7 @@ def main() -> int:
     # The front decides when to stop; a Ctrl-C in the terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = FrontLink(socket.socket(fileno=arguments.fd))
+    prepare(arguments.prepare)
     try:
         return serve(link)
     except Disconnected:

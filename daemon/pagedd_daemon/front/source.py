@@ -153,4 +153,4 @@ class ModelSource:
     async def spawn(self, listener: EngineListener) -> Engine:
         """See `models.Source`."""
         command = ("-m", "pagedd_daemon.engine", "--log-level", self.settings.log_level)
-        return await EngineProcess.spawn(listener, command)
+        return await EngineProcess.spawn(listener, (*command, "--prepare", self._backend()))

@@ -141,6 +141,22 @@ class Decoder:
         Returns:
             Logits, ``[N, vocab_size]`` in the model's dtype.
         """
+        return self._through(range(len(self.layers)), batch, kv)
+
+    def rehearse(self, batch: StepBatch, kv: Tensor) -> None:
+        """Launch what `forward` would, with one layer of each kind: the others launch the same
+        kernels on other weights. What is computed means nothing.
+
+        Args:
+            batch: Of padding, which writes to no sequence's blocks.
+            kv: See `forward`.
+        """
+        kinds = self.config.attention
+        first = [index for index, kind in enumerate(kinds) if kinds.index(kind) == index]
+        self._through(first, batch, kv)
+
+    def _through(self, layers: Sequence[int], batch: StepBatch, kv: Tensor) -> Tensor:
+        """Logits after some of the layers."""
         eps = self.config.norm_eps
         x = functional.embedding(batch.tokens, self.embedding)
         if self._embed_scale != 1.0:
@@ -148,7 +164,8 @@ class Decoder:
         residual = x
         x = rms_norm(x, self.layers[0].input_norm, eps)
         shapes = self._attention_shapes(kv.shape[3])
-        for index, layer in enumerate(self.layers):
+        for index in layers:
+            layer = self.layers[index]
             x = self._attend(x, index, layer, shapes[index], batch, kv)
             if layer.post_attention_norm is not None:
                 x = rms_norm(x, layer.post_attention_norm, eps)

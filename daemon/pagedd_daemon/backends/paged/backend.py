@@ -31,10 +31,11 @@ from pagedd_daemon.backends.base import (
 from pagedd_daemon.backends.paged.arena import PADDING_BLOCKS, Arena
 from pagedd_daemon.backends.paged.caches import CompileCounter
 from pagedd_daemon.backends.paged.layout import Buckets, Layout, StepShape, layout
-from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
+from pagedd_daemon.backends.paged.runner import Model, Runner
 from pagedd_daemon.backends.paged.sampling import CountTable, StagedDraw, Wanted, stage
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.staging import HostBuffer, fill
+from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.transfers import Transfers
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_kernels import Sampled, copy_blocks, sample
@@ -86,9 +87,9 @@ class PagedBackend:
         ram: RamTier,
         caps: Capabilities,
         runner: Runner,
-        limits: Limits,
         buckets: Buckets | None,
         compiled: CompileCounter | None,
+        report: LoadReport,
     ) -> None:
         """Use `pagedd_daemon.backends.paged.load`."""
         self._model = model
@@ -96,14 +97,16 @@ class PagedBackend:
         self._ram = ram
         self._caps = caps
         self._runner = runner
-        self._limits = limits
+        self._limits = runner.limits
         self._buckets = buckets
         self._compiled = compiled
+        self.load_report = report
+        """What loading took, part by part."""
         device = model.device
         self._cuda = device.type == "cuda"
         self._transfers = Transfers(arena.kv, ram, device)
         self._counts = CountTable(caps.vocab_size, device)
-        size = limits.buffer_bytes()
+        size = runner.limits.buffer_bytes()
         # One more than steps in flight, so that writing the next step never waits.
         self._buffers = deque(
             HostBuffer(size, pinned=self._cuda) for _ in range(STEPS_IN_FLIGHT + 1)
@@ -185,11 +188,13 @@ class PagedBackend:
         """See `Backend`; for people who measure.
 
         ``late_compiles`` are kernels that were compiled while requests waited: a defect each.
+        ``start_…`` are the parts of loading the model.
         """
         return {
             "graphs": self._runner.graphs,
             "late_compiles": self._compiled.count if self._compiled is not None else 0,
             "locked_ram_slabs": self._ram.locked_slabs,
+            **self.load_report.counters(),
         }
 
     def compiled_late(self) -> list[str]:

@@ -82,11 +82,16 @@ def layout(shape: StepShape) -> Layout:
 
 
 def decode_buckets(most: int) -> tuple[int, ...]:
-    """Sequences of the decode graphs: steps of at most 1/8, so padding costs little."""
-    sizes = [1, 2, 4]
+    """Sequences of the decode graphs.
+
+    A graph takes 20 ms of start-up to capture, and a row of padding costs a step what its matrix
+    products cost: 0.006 ms up to 128 rows and 0.017 ms beyond (8B shape on an H200, steps of 4.3 to
+    12.3 ms). So 8 rows apart the worst step pays 1 %, and 16 apart above 64 it pays 2.5 %; 4 apart
+    below 64 would save half a percent and add eleven graphs.
+    """
+    sizes = [1, 2, 4, 8]
     while sizes[-1] < most:
-        last = sizes[-1]
-        sizes.append(last + max(4, 1 << max(0, last.bit_length() - 4)))
+        sizes.append(sizes[-1] + (8 if sizes[-1] < 64 else 16))
     return (*(size for size in sizes if size < most), most)
 
 

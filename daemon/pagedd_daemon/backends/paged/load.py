@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,14 +23,17 @@ from pagedd_daemon.backends.paged.arena import (
 )
 from pagedd_daemon.backends.paged.backend import LEAST_PIECE_TOKENS, PagedBackend
 from pagedd_daemon.backends.paged.caches import CompileCounter, use_cache_folder
+from pagedd_daemon.backends.paged.graphs import CudaCapturer
 from pagedd_daemon.backends.paged.layout import (
     MIXED_BUCKETS,
     MOST_SEQUENCES,
     Buckets,
+    StepShape,
     decode_buckets,
 )
 from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
 from pagedd_daemon.backends.paged.slabs import RamTier
+from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.warmup import warm_up
 from pagedd_daemon.messages import Configure
 from pagedd_daemon.models.config import fits
@@ -92,6 +94,7 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
         use_cache_folder()
     else:
         torch.set_num_threads(configure.threads or _physical_cores())
+    report = LoadReport()
     path = Path(configure.model_path)
     wishes = Wishes(
         kv_tokens=configure.kv_tokens,
@@ -117,26 +120,31 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
             tokens=configure.kv_tokens or 2 * BLOCK_TOKENS,
             reserve_bytes=_RESERVE_BYTES if cuda else 0,
         )
-        model = Decoder.load(
-            path, device, dtype, lambda done, whole: progress(0.8 * done / whole), context
-        )
+        with report.part("weights") as part:
+            model = Decoder.load(
+                path, device, dtype, lambda done, whole: progress(0.8 * done / whole), context
+            )
+            part.count = len(model.layers)
     except ModelError as error:
         raise ModelLoadError(error.message, dict(error.details)) from error
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(f"{path}: the device is out of memory: {error}") from error
-    return serve(model, wishes, lambda fraction: progress(0.8 + 0.2 * fraction))
+    return serve(model, wishes, report)
 
 
 @torch.no_grad()
-def serve(
-    model: Model, wishes: Wishes, progress: Callable[[float], None] = lambda _: None
-) -> PagedBackend:
+def serve(model: Model, wishes: Wishes, report: LoadReport | None = None) -> PagedBackend:
     """A backend over a model that is there, warmed up.
+
+    Args:
+        model: What computes.
+        wishes: What it is to have.
+        report: What loading has taken so far.
 
     Raises:
         ModelLoadError: There is no memory for a pool.
     """
-    begun = time.monotonic()
+    report = report or LoadReport()
     device = model.device
     cuda = device.type == "cuda"
     config = model.config
@@ -158,36 +166,26 @@ def serve(
         context_tokens=model.context_tokens,
         block_tokens=BLOCK_TOKENS,
     )
-    runner = Runner(model, arena.kv, limits)
+    runner = Runner(model, arena.kv, limits, CudaCapturer() if cuda else None)
     buckets = None
-    if cuda:
-        step_tokens = _rehearse(runner, step_tokens)
-        buckets = _capture(runner, step_tokens, progress)
-        arena.resize(wishes.kv_tokens // BLOCK_TOKENS or _cuda_blocks(device, shape, arena))
-    caps = _capabilities(model, wishes, shape, arena.blocks, step_tokens)
+    if counter is not None:
+        limits = runner.limits = replace(limits, step_tokens=_rehearse(runner, step_tokens))
+        buckets = _buckets(limits.step_tokens)
+        warm_up(runner, arena.kv, buckets, report, counter)
+        counter.reset()
+        with report.part("pool") as part:
+            wanted = wishes.kv_tokens // BLOCK_TOKENS or _cuda_blocks(device, shape, arena)
+            part.count = arena.resize(wanted)
+    caps = _capabilities(model, wishes, shape, arena.blocks, limits.step_tokens)
     page_values = shape.block_bytes // shape.dtype.itemsize
     ram = RamTier(caps.ram_blocks, page_values, shape.dtype, lock=cuda)
-    backend = PagedBackend(model, arena, ram, caps, runner, limits, buckets, counter)
-    log.info("graphs and largest step after %.1f s", time.monotonic() - begun)
-    if counter is not None and buckets is not None:
-        beyond = buckets.mixed[-1] + 8
-        sizes = {beyond, 2 * beyond, step_tokens}
-        eager = sorted(n for n in sizes if beyond <= n <= step_tokens)
-        warm_up(backend, (1, 16, MOST_SEQUENCES), tuple(eager))
-        counter.reset()
-        log.info("warmed up after %.1f s", time.monotonic() - begun)
-    return backend
+    return PagedBackend(model, arena, ram, caps, runner, buckets, counter, report)
 
 
-def _capture(runner: Runner, step_tokens: int, progress: Callable[[float], None]) -> Buckets:
-    """Make the graphs of all buckets."""
+def _buckets(step_tokens: int) -> Buckets:
+    """What is captured where steps have at most so many tokens."""
     mixed = tuple(size for size in MIXED_BUCKETS if size <= step_tokens)
-    buckets = Buckets(decode_buckets(MOST_SEQUENCES), mixed, MOST_SEQUENCES)
-    shapes = buckets.shapes()
-    for at, bucket in enumerate(shapes):
-        runner.capture(bucket)
-        progress((at + 1) / len(shapes))
-    return buckets
+    return Buckets(decode_buckets(MOST_SEQUENCES), mixed, MOST_SEQUENCES)
 
 
 def _capabilities(
@@ -239,8 +237,9 @@ def _rehearse(runner: Runner, tokens: int) -> int:
 
 
 def _fits(runner: Runner, tokens: int) -> bool:
+    sequences = min(tokens, runner.limits.sequences)
     try:
-        runner.rehearse(tokens)
+        runner.rehearse(StepShape(tokens, sequences, sequences, False))
     except torch.OutOfMemoryError:
         return False
     return True

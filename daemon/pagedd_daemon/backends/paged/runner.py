@@ -1,8 +1,7 @@
 """From a step's inputs on the device to its logits: kernel by kernel, or as one CUDA graph.
 
 Graphs are captured for the buckets of `layout.Buckets` before the engine is ready. All of them read
-their inputs from one buffer and share one pool of scratch memory, since only one runs at a time and
-whatever it leaves behind is used before the next one starts: everything is on one stream.
+their inputs from one buffer.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pagedd_daemon.backends.paged.device_memory import borrowed
+from pagedd_daemon.backends.paged.graphs import Capturer, Graph
 from pagedd_daemon.backends.paged.layout import Layout, StepShape, layout
 from pagedd_daemon.backends.paged.staging import device_arrays
 from pagedd_daemon.models.config import ModelConfig
@@ -42,6 +41,10 @@ class Model(Protocol):
         """One step: logits ``[N, vocab_size]``."""
         ...
 
+    def rehearse(self, batch: StepBatch, kv: Tensor) -> None:
+        """Every kernel of `forward` once, on a batch of padding."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -66,27 +69,24 @@ class Limits:
         return largest.tables + tables + SAMPLING_BYTES_PER_ROW * sequences
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
-    """What a replay leaves there."""
-
-
 class Runner:
     """Computes steps whose inputs are in `inputs`."""
 
-    def __init__(self, model: Model, kv: Tensor, limits: Limits) -> None:
+    def __init__(
+        self, model: Model, kv: Tensor, limits: Limits, capturer: Capturer | None = None
+    ) -> None:
         """A runner without graphs.
 
         Args:
             model: What computes.
             kv: The pool.
             limits: The largest step.
+            capturer: Makes graphs; None where there are none.
         """
-        self._model = model
+        self.model = model
+        self.limits = limits
         self._kv = kv
-        self._limits = limits
+        self._capturer = capturer
         device = model.device
         self.inputs = torch.zeros(limits.buffer_bytes(), dtype=torch.uint8, device=device)
         """A step's arrays, as its `Layout` says."""
@@ -94,8 +94,7 @@ class Runner:
         """Tokens of the last step's draws, in its order: what `PENDING` stands for."""
         shape = (limits.sequences + 1, limits.table_width)
         self._tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._graphs: dict[StepShape, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._graphs: dict[StepShape, Graph] = {}
 
     @property
     def graphs(self) -> int:
@@ -112,32 +111,23 @@ class Runner:
         known = self._graphs.get(where.shape)
         if known is None:
             return self._compute(where, max_query)
-        known.graph.replay()
+        known.replay()
         return known.logits
 
     def capture(self, shape: StepShape) -> None:
-        """Make the graph of a bucket; on the current stream, which must not be the default one."""
+        """Make the graph of a bucket that was rehearsed."""
+        assert self._capturer is not None
         where = layout(shape)
+        self._pad(where)
         most = 1 if shape.decode else shape.tokens
-        self._pad(where)
-        # Kernels are compiled and libraries set up outside of the capture.
-        self._compute(where, most)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads copy and page-lock meanwhile, which does not concern this capture.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        logits = self._compute(where, most)
-        graph.capture_end()
-        # Logits of all buckets would be more than a gigabyte. Their memory is the pool's, and the
-        # next graph may have it: whoever draws from them does so before that one runs.
-        self._graphs[shape] = _Graph(graph, borrowed(logits))
+        self._graphs[shape] = self._capturer.capture(lambda: self._compute(where, most))
 
-    def rehearse(self, tokens: int) -> None:
-        """Compute a step of padding, larger than every graph: what it needs is compiled and
-        allocated then."""
-        sequences = min(tokens, self._limits.sequences)
-        where = layout(StepShape(tokens, sequences, sequences, False))
+    def rehearse(self, shape: StepShape) -> None:
+        """Launch every kernel of a step of this shape once, on padding: what it needs is compiled,
+        loaded and allocated then."""
+        where = layout(shape)
         self._pad(where)
-        self._compute(where, tokens)
+        self.model.rehearse(self._batch(where, 1 if shape.decode else shape.tokens), self._kv)
 
     def _pad(self, where: Layout) -> None:
         """A step of padding, each row of which belongs to a sequence, as the kernels ask."""
@@ -154,9 +144,12 @@ class Runner:
         self.inputs = self.drawn = self._tables = self._kv = torch.empty(0)
 
     def _compute(self, where: Layout, max_query: int) -> Tensor:
+        return self.model.forward(self._batch(where, max_query), self._kv)
+
+    def _batch(self, where: Layout, max_query: int) -> StepBatch:
         arrays = device_arrays(self.inputs, where)
         tables = self._tables[: where.shape.sequences]
-        batch = StepBatch(
+        return StepBatch(
             tokens=resolve_tokens(arrays.tokens, arrays.sources, self.drawn),
             positions=arrays.positions,
             slots=arrays.slots,
@@ -166,6 +159,5 @@ class Runner:
             logit_rows=arrays.logit_rows,
             max_query=max_query,
             # Not the longest of this step: other bounds may lead to other kernels, to be compiled.
-            max_context=self._limits.context_tokens,
+            max_context=self.limits.context_tokens,
         )
-        return self._model.forward(batch, self._kv)
