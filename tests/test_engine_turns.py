@@ -155,3 +155,18 @@ def test_work_lost_by_preemption_is_not_charged_again() -> None:
     for app in apps:
         assert len(app.ended()) == 4
         assert world.served(-1, 200)[app.message.name] == 4 * (150 + W_OUT * 150)
+
+
+def test_a_person_whose_prefix_is_found_in_ram_takes_part_in_the_very_next_step() -> None:
+    world = World(9, keep_cached_on_gpu=False)
+    batch, person = world.app("batch", klass=BACKGROUND), world.app("person", klass=INTERACTIVE)
+    batch.submit(prompt=64, max_tokens=400)
+    prompt = world.ids(320)
+    person.submit(prompt=prompt, max_tokens=1)
+    world.run(2.0)
+    asked = world.steps
+    answered: list[int] = []
+    job = person.submit(prompt=prompt, max_tokens=1, then=lambda _: answered.append(world.steps))
+    world.run(4.0)
+    assert job.cached_tokens == 304
+    assert answered == [asked + 1]

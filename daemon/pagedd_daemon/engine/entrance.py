@@ -81,6 +81,7 @@ class Entrance:
         running = [s for s in self._residents.sequences.values() if s.removable]
         groups = self._turns.yielding(request, running, refusal)
         while True:
+            self._residents.hear()
             if self._residents.pool.transfers_in_flight or self._room.somebody_leaves():
                 return False  # room may be on its way already
             victim = self._room.choose(groups)

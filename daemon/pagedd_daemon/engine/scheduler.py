@@ -182,6 +182,8 @@ class Scheduler:
         ready, pressed = self._room.make(decodes, in_flight=bool(self._flights))
         self._residents.evicted.clear()
         if self._entrance.let_in(now, pressed=pressed) or pressed:
+            # Where a copy is done at once, whoever was found in RAM takes part in this very step.
+            self.settle()
             # Whoever was paged out, and perhaps came back at once, has lost the room it had; and
             # newcomers may be in a hurry.
             ready = [s for s in ready if s.runs and s.seq not in self._residents.evicted]
