@@ -205,11 +205,23 @@ def test_random_bounded_schemas_are_all_matched_and_ended_by_stop() -> None:
     source = random.Random(5)
     schemas = [random_schema(source) for _ in range(60)]
     for rid, schema in enumerate(schemas, 1):
-        compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
-        bench.ask(rid, "json_schema", json.dumps(compact), seed=rid)
+        bench.ask(rid, "json_schema", json.dumps(schema), seed=rid)
     bench.run()
     for rid, schema in enumerate(schemas, 1):
         assert valid(json.loads(bench.text(rid)), schema), (schema, bench.text(rid))
+
+
+def test_json_has_no_spaces_between_its_parts_unless_the_schema_wants_them() -> None:
+    bench = GrammarBench()
+    flexible = {**json.loads(SCHEMA), "x-guidance": {"whitespace_flexible": True}}
+    for rid in range(1, 9):
+        bench.ask(rid, "json_schema", SCHEMA, seed=rid)
+        bench.ask(100 + rid, "json_schema", json.dumps(flexible), seed=rid)
+    bench.ask(50, "json_schema", "true", seed=1)
+    bench.run()
+    for rid in range(1, 9):
+        assert not re.search(r"\s", bench.text(rid))
+    assert any(re.search(r"\s", bench.text(100 + rid)) for rid in range(1, 9))
 
 
 # ------------------------------------------------------------------------------- helper and wire

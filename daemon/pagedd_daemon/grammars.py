@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 KINDS = ("json_schema", "regex", "grammar")
 """A JSON schema as text, a regular expression (Rust's syntax), a grammar (llguidance's Lark)."""
+
+
+_JSON: JsonCompileOptions = {"whitespace_flexible": False}
+"""No space between the parts of JSON, as programs write it. Where any may stand there, a small
+model goes on with spaces and line ends until it is cut off; a schema that wants them says so
+(``"x-guidance": {"whitespace_flexible": true}``)."""
 
 
 class GrammarError(Exception):
@@ -84,7 +94,8 @@ def compile_grammar(tokenizer: LLTokenizer, kind: str, text: str) -> LLMatcher:
     assert kind in KINDS
     try:
         if kind == "json_schema":
-            grammar = LLMatcher.grammar_from_json_schema(text)
+            schema = "{}" if text.strip() == "true" else text  # options need an object
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_JSON)
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
