@@ -172,7 +172,8 @@ class Simulation:
             self._computed += len(run.tokens)
             if run.draws:
                 if len(run.draws) > 1:
-                    for child in self._scheduler.fork(sequence):
+                    others = range(1, sequence.request.samples)
+                    for child in self._scheduler.fork(sequence, others):
                         self._accept(child)
                 self._accept(sequence)
         if isinstance(pager, StaticBatchPager) and pager.batch_width == 0:

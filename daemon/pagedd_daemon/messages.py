@@ -94,6 +94,9 @@ class Submit:
     """One of `pagedd_daemon.grammars.KINDS`, or empty: the output is free."""
     grammar: str = ""
     """What it has to match; the helper has compiled it on trial."""
+    beams: dict[str, Any] = field(default_factory=dict)
+    """Fields of `pagedd_daemon.params.BeamParams`: the ``n`` best texts of a search. Empty: ``n``
+    samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +202,8 @@ class Ended:
     index: int
     reason: str
     """``stop``, ``length``, ``context`` or ``cancelled``."""
+    score: float | None = None
+    """Of a text that a beam search has found."""
 
 
 @dataclass(frozen=True, slots=True)

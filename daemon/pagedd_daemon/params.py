@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+EarlyStopping: TypeAlias = bool | Literal["never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,19 @@ class StopParams:
     """Go on after the model's end-of-generation tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end the sample, like the end-of-generation ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeamParams:
+    """How beams are searched; the definitions are those of Hugging Face transformers 5."""
+
+    width: int
+    """Beams that are followed at the same time, at least 1."""
+    length_penalty: float = 1.0
+    """A text's score is the sum of its tokens' log-probabilities, that of the token which ended it
+    included, divided by their number to the power of this."""
+    early_stopping: EarlyStopping = False
+    """When the search is over, once ``width`` texts have ended: True: at once. False: when the best
+    running beam, scored at its present length, is not above the worst of them. ``"never"``: the
+    same, but for a positive penalty scored as if it went on to ``max_tokens`` at no further cost:
+    then nothing can be found that is better."""

@@ -101,6 +101,7 @@ class Admission:
             return
         state = self._seqs.create(event.seq, event.root, event.klass, event.group)
         state.ids = event.width
+        state.whole = event.whole
         state.chain = chain
         state.learn(0, event.tokens)
         state.found = len(plan.blocks)
@@ -112,7 +113,7 @@ class Admission:
         """Take in preempted sequences again: all of a group together, or none of them."""
         plans = [self._plan_resume(state) for state in members]
         first = self._refusal_resume(members[0], plans[0], together=False)
-        if first is None and self._seqs.runnable:
+        if first is None and (self._seqs.runnable or members[0].whole):
             # While others run, their blocks will come; then the whole group can come back at once.
             first = self._refusal_group(members, plans)
         if first is not None:
@@ -252,9 +253,18 @@ class Admission:
             return Deferred(seq, DeferReason.POOL, plan.total + plan.forks, limit)
         if plan.reason is not None:
             return Deferred(seq, plan.reason, need, self._pool.blocks.available())
-        others = len(self._seqs.by_id) > len(self._seqs.swapped)
         found = plan.blocks[plan.blocks >= 0]
-        return self._short(seq, need, found, space, margin=margin and others)
+        return self._short(seq, need, found, space, margin=margin and self._others_run(seq))
+
+    def _others_run(self, seq: int) -> bool:
+        """Whether anybody runs but the sequence's own group, where that is of use only as a
+        whole."""
+        running = len(self._seqs.by_id) - len(self._seqs.swapped)
+        state = self._seqs.by_id.get(seq)
+        if state is not None and state.whole:
+            members = self._seqs.members(state)
+            running -= sum(member.status is not Status.SWAPPED for member in members)
+        return running > 0
 
     def _refusal_resume(
         self, state: SequenceState, plan: Plan, *, together: bool
@@ -269,20 +279,30 @@ class Admission:
         ids = sum(state.ids for state in members)
         if self._ids_missing(ids):
             return self._no_ids(members[0].id, ids)
+        first, whole, limit = members[0], members[0].whole, self._pool.blocks.limit
         need = 0
         loads: set[int] = set()
         found: set[int] = set()
-        for plan in plans:
+        lost: set[bytes] = set()
+        for state, plan in zip(members, plans, strict=True):
             if plan.reason is not None:
-                return Deferred(members[0].id, plan.reason, plan.total, 0)
+                return Deferred(first.id, plan.reason, plan.total, 0)
             wanted = set(plan.nodes[plan.blocks < 0].tolist())
             need += plan.total + plan.forks - len(plan.blocks) + len(wanted - loads)
             loads |= wanted
             found.update(plan.blocks[plan.blocks >= 0].tolist())
-        if need > self._pool.blocks.limit:
-            return None  # never all at once: they come back one by one
+            if whole:
+                # Nor are pages that several have to compute again computed more than once.
+                named = range(len(plan.blocks), min(plan.total, len(state.chain) // DIGEST))
+                again = {state.names(index)[0] for index in named}
+                need -= len(named) - len(again - lost)
+                lost |= again
+        if need > limit:
+            # Never all at once: they come back one by one, or not at all.
+            return Deferred(first.id, DeferReason.POOL, need, limit) if whole else None
         hits = np.array(sorted(found), dtype=np.int32)
-        return self._short(members[0].id, need, hits, members[0].space, margin=True)
+        margin = not whole or self._others_run(first.id)
+        return self._short(first.id, need, hits, first.space, margin=margin)
 
     # -------------------------------------------------------------------------------- taking
 

@@ -32,6 +32,9 @@ class Admit:
     about to write a block of its own."""
     group: int = -1
     """Sequences with the same group (>= 0) are preempted and resumed together."""
+    whole: bool = False
+    """Its group is of use only as a whole (beams: none goes on before all have): after a preemption
+    it is `Deferred` until there is room for everybody."""
 
 
 @dataclass(frozen=True, slots=True)

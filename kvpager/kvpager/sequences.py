@@ -61,6 +61,7 @@ class SequenceState:
         "table",
         "trim_epoch",
         "until",
+        "whole",
     )
 
     def __init__(
@@ -72,6 +73,8 @@ class SequenceState:
         self.root = space.root
         self.klass = klass
         self.group = group
+        self.whole = False
+        """See `kvpager.types.Admit`."""
         self.order = order
         """Serial number of the admission."""
         self.ids = 1

@@ -17,6 +17,7 @@ import numpy as np
 from kvpager.types import PriorityClass, SetQuota
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend, Handle, Step, StepFaultError, StepResult
+from pagedd_daemon.engine.branches import search_for
 from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.outbox import HOLD_S, Outbox
@@ -27,7 +28,7 @@ from pagedd_daemon.engine.snapshot import Totals, snapshot
 from pagedd_daemon.engine.turns import AppPolicy
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState
 from pagedd_daemon.grammars import GrammarError
-from pagedd_daemon.params import SamplingParams, StopParams
+from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
 
 Say: TypeAlias = Callable[[m.StepReport], None]
 
@@ -220,6 +221,8 @@ class Engine:
         if first:
             request.first_token_s = now
         request.last_token_s = now
+        if request.beams is not None:
+            return  # what is a token of the reply is known at the end
         for index, one in enumerate(drawn, sequence.index):
             if not self._ends(request, one.token):
                 self._outbox.output(request.rid, index, one, since, first=first)
@@ -243,6 +246,8 @@ class Engine:
         for request in self._scheduler.started:
             self._outbox.started(request.rid, request.cached_tokens)
             self._totals.start(request)
+            if request.beams is not None:
+                self._scheduler.branches.begin(request.beams)
         self._scheduler.started.clear()
         for request, denial in self._scheduler.denied:
             block = self._caps.block_tokens
@@ -255,8 +260,14 @@ class Engine:
             )
         self._scheduler.denied.clear()
         for sequence in self._scheduler.stranded:
-            self._end_sample(sequence.request, sequence.index, "context")
+            if sequence.request.beams is not None:
+                self._end_search(sequence.request)
+            else:
+                self._end_sample(sequence.request, sequence.index, "context")
         self._scheduler.stranded.clear()
+        for request in self._scheduler.branches.over:
+            self._end_search(request)
+        self._scheduler.branches.over.clear()
 
     def _retire(self, step: Step, result: StepResult, say: Say) -> None:
         drawn = iter(result.drawn)
@@ -275,7 +286,9 @@ class Engine:
         self._scheduler.retire(step, result.seconds)
         for sequence, tokens in kept:
             if len(tokens) > 1:
-                for child, one in zip(self._scheduler.fork(sequence), tokens[1:], strict=True):
+                others = range(1, sequence.request.samples)
+                children = self._scheduler.fork(sequence, others)
+                for child, one in zip(children, tokens[1:], strict=True):
                     self._accept(child, one)
             self._accept(sequence, tokens[0])
 
@@ -288,6 +301,9 @@ class Engine:
         request, token = sequence.request, drawn.token
         if request.rid not in self._requests:
             return  # another sample of it was rejected in this step
+        if request.beams is not None and token >= 0:
+            request.beams.report(sequence, drawn)
+            return
         if not self._ends(request, token):
             sequence.tokens.append(token)
             sequence.sampler.accept(token)
@@ -327,7 +343,7 @@ class Engine:
             klass=PriorityClass(message.klass),
             root=self._root(message.root),
             prompt=prompt,
-            samples=message.n,
+            samples=1 if message.beams else message.n,
             sampling=SamplingParams(**message.sampling),
             stop=StopParams(
                 **{**message.stop, "stop_token_ids": tuple(message.stop["stop_token_ids"])}
@@ -346,6 +362,15 @@ class Engine:
                 {"prompt_tokens": len(prompt), "context_tokens": self._caps.context_tokens},
             )
             return
+        if message.beams:
+            request.beams = search_for(request, BeamParams(**message.beams), self._caps)
+            least, vocabulary = request.beams.search.candidates, self._caps.vocab_size
+            if least > vocabulary:
+                width = request.width
+                why = f"{width} beams look at {least} tokens, the vocabulary has {vocabulary}"
+                details = {"field": "beam_width", "value": width, "vocab_size": vocabulary}
+                self._reject(request, "E_FIELD", why, details)
+                return
         if not request.constrained:
             self._scheduler.add(request)
         elif self._grammars is not None and self._caps.constrains:
@@ -379,6 +404,8 @@ class Engine:
         self, request: Request, index: int, reason: str, keep: int | None = None
     ) -> None:
         """One sample is over, with its first ``keep`` generated tokens (all of them if None)."""
+        if request.beams is not None:
+            self._scheduler.branches.end(request.beams)
         sequence = request.sequences.pop(index, None)
         if sequence is not None:
             generated = sequence.generated if keep is None else min(keep, sequence.generated)
@@ -388,6 +415,27 @@ class Engine:
         self._outbox.ended(m.Ended(request.rid, index, reason))
         if not request.open_samples:
             self._close(request)
+
+    def _end_search(self, request: Request) -> None:
+        """A beam search is over: say what it has found."""
+        if request.rid not in self._requests:
+            return
+        assert request.beams is not None
+        search = request.beams.search
+        search.conclude()
+        self._scheduler.branches.end(request.beams)
+        now = self._clock()
+        for index in sorted(request.open_samples):
+            if index >= len(search.ended):  # fewer tokens may follow than there are beams
+                self._outbox.ended(m.Ended(request.rid, index, "stop"))
+                continue
+            text = search.ended[index]
+            for one in text.tokens():
+                request.generated_tokens += 1
+                self._outbox.output(request.rid, index, one, now, first=False)
+            self._outbox.ended(m.Ended(request.rid, index, text.reason, text.score))
+        request.open_samples.clear()
+        self._close(request)
 
     def _close(self, request: Request) -> None:
         self._scheduler.withdraw(request)
@@ -407,6 +455,8 @@ class Engine:
         """End a request with an error; nothing follows for it. Unless ``cache``, nobody finds what
         it computed."""
         self._scheduler.withdraw(request)
+        if request.beams is not None:
+            self._scheduler.branches.end(request.beams, cache=cache)
         for sequence in list(request.sequences.values()):
             self._scheduler.end(sequence, cache=cache)
         request.sequences.clear()

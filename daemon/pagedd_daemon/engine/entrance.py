@@ -104,7 +104,11 @@ class Entrance:
         self._residents.settle(verdicts)
         refusals = (v for v in verdicts if isinstance(v, Deferred) and v.seq == sequence.seq)
         refusal = next(refusals, None)
-        sequence.request.outgrown = refusal is not None and refusal.reason in _TOO_LARGE
+        request = sequence.request
+        request.outgrown = refusal is not None and refusal.reason in _TOO_LARGE
+        if request.outgrown and request.beams is not None and not self._room.shrunk:
+            # They have grown until the pool cannot hold them together.
+            self._room.stranded.append(sequence)
         return refusal
 
     def _page_out_paused(self, *, computing: bool = False) -> None:
@@ -128,8 +132,9 @@ class Entrance:
                 request.prompt,
                 request.root,
                 klass=request.klass,
-                width=request.samples,
+                width=request.width,
                 group=request.rid,
+                whole=request.beams is not None,
             )
         )
         for verdict in verdicts:

@@ -100,16 +100,19 @@ class Room:
         pager's choice.
 
         The pager spares whoever was just resumed. With ``must`` nobody else could go on either, so
-        then the newest other one is taken; if there is none, ``asking`` is stranded.
+        then the newest other one is taken; if there is none, ``asking`` is stranded. Beams of one
+        search do not make way for each other: they can only go on together.
         """
         must = must and not in_flight
         running = [s for s in self._residents.sequences.values() if s.removable]
         if asking.seq in self.at_ceiling:
             # Only its own namespace can give it room.
             running = [s for s in running if s.request.root == asking.request.root]
-            must = must or (running == [asking] and not in_flight)
+        group = asking.request if asking.request.beams is not None else None
+        others = [s for s in running if s is not asking and s.request is not group]
+        if asking.seq in self.at_ceiling:
+            must = must or (not others and not in_flight)
         paused = [s for s in running if s.request.paused]
-        others = [s for s in running if s is not asking]
         if others and (chosen := self.choose(self._turns.victims(paused or running))):
             return chosen
         if others and must:

@@ -29,6 +29,7 @@ from kvpager.types import (
     Truncate,
 )
 from pagedd_daemon.backends.base import PENDING, Capabilities, Draw, Run, Step
+from pagedd_daemon.engine.branches import Branches
 from pagedd_daemon.engine.entrance import Entrance, token_buffer
 from pagedd_daemon.engine.pace import Pace
 from pagedd_daemon.engine.pool import Pool
@@ -64,6 +65,8 @@ class Scheduler:
         self._entrance = Entrance(
             self._waiting, self._residents, self._room, self.turns, capabilities
         )
+        self.branches = Branches(self, self._room)
+        """The beams."""
         self._epoch = 0
         self._flights: deque[list[tuple[Sequence, int]]] = deque()
         """Who takes part in each step in flight, with how many tokens; the oldest step first."""
@@ -101,8 +104,9 @@ class Scheduler:
         """Take a request off the queue; False if it is not waiting."""
         return self._waiting.remove(request)
 
-    def fork(self, parent: Sequence) -> list[Sequence]:
-        """The other samples of a request whose prompt was just computed, sharing all its blocks."""
+    def fork(self, parent: Sequence, indices: Iterable[int]) -> list[Sequence]:
+        """Further sequences of a request, numbered ``indices``, that go on from where ``parent`` is
+        and share all its blocks. Nothing of ``parent`` may be in flight."""
         request = parent.request
         known = parent.tokens.view(0, len(parent.tokens))
         children = [
@@ -113,7 +117,7 @@ class Scheduler:
                 parent.sampler.fork(i),
                 token_buffer(request, known),
             )
-            for i in range(1, request.samples)
+            for i in indices
         ]
         self._pool.handle(Fork(parent.seq, tuple(child.seq for child in children)))
         for child in children:
@@ -173,6 +177,7 @@ class Scheduler:
         if self._stretch is not None:
             return self._stretch_step(self._stretch)
         self.settle()
+        self.branches.advance()
         decodes = self.turns.survey(self._waiting, self._residents.sequences.values(), now)
         if self._room.shrunk:
             self._room.give_way()
@@ -192,6 +197,10 @@ class Scheduler:
             ready = self.turns.decoding(ready, pace, self.cost.decodes_within(pace.decode_s))
         chunks = self._chunks(ready, pace)
         if not ready and not chunks:
+            if not (
+                self._flights or self._pool.transfers_in_flight or self._room.somebody_leaves()
+            ):
+                self.branches.untangle()
             return None
         if ready and not chunks and (ahead := self._room_ahead(ready)) > 1:
             return self._begin_stretch(ready, ahead)

@@ -14,9 +14,10 @@ pager's three events cost 230 µs a step with the cold caches that a step of lla
 def steps_ahead(sequences: list[Sequence], context_tokens: int) -> int:
     """Steps until the first of these must end, at most `STRETCH_STEPS`.
 
-    One, where the last token of a prompt is to be computed: its other samples fork right after.
+    One, where the last token of a prompt is to be computed, whose other samples fork right after,
+    and where there are beams, which may all fork.
     """
-    if any(s.generated == 0 for s in sequences):
+    if any(s.generated == 0 or s.request.beams is not None for s in sequences):
         return 1
     left = (
         min(s.request.stop.max_tokens - s.generated, context_tokens - len(s.tokens))

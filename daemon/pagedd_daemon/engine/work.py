@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from pagedd_daemon.engine.fairness import Flow
 from pagedd_daemon.engine.grammar import Matcher
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.params import SamplingParams, StopParams
+
+if TYPE_CHECKING:
+    from pagedd_daemon.engine.branches import BeamGroup
 
 
 class SequenceState(Enum):
@@ -74,6 +78,8 @@ class Request:
     """Its output must match a grammar."""
     matcher: Matcher | None = None
     """At the start of its grammar, once that is compiled."""
+    beams: BeamGroup | None = None
+    """It searches: its sequences are beams, numbered as they come, and ``samples`` is 1."""
     paused: bool = False
     outgrown: bool = False
     """Paged out, and nothing that others give back helps it (the pool is too small just now, or its
@@ -96,6 +102,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.prompt)
+
+    @property
+    def width(self) -> int:
+        """Sequences it becomes once its prompt is computed."""
+        return self.samples if self.beams is None else self.beams.search.width
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +145,8 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that no step has had as input yet; at least 1 while it lives."""
+        """Tokens that no step has had as input yet; at least 1 while it lives, but for a beam whose
+        search waits for other beams."""
         return self.tokens.length + self.drawing - self.computed
 
     @property
@@ -150,7 +162,7 @@ class Sequence:
             return False
         if not self.drawing:
             return True
-        if request.constrained:
+        if request.constrained or request.beams is not None:
             return False  # what may follow the token in flight is known when that is
         generated = self.tokens.length - request.prompt_tokens
         if generated + self.drawing >= request.stop.max_tokens:
