@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from kvpager.types import PageName
 from pagedd_daemon.backends.base import ModelLoadError
 from pagedd_daemon.backends.paged.caches import use_cache_folder
 from pagedd_daemon.backends.paged.choice import try_cuda
 from pagedd_daemon.backends.paged.load import load
 from pagedd_daemon.backends.paged.slabs import RamTier
+from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.records import bind
 from pagedd_daemon.messages import Configure
 
 
@@ -83,8 +86,14 @@ def test_a_vocabulary_larger_than_the_model_is_refused(smollm2_path: Path) -> No
     assert refused.value.details["model"] < 50_000
 
 
+def ram_tier(slots: int, page_values: int) -> tuple[RamStore, RamTier]:
+    budget = slots * page_values * 4
+    store = RamStore(-1, budget, bind("test"), slots)
+    return store, RamTier(store, slots, page_values, torch.float32, lock=False)
+
+
 def test_ram_is_taken_as_pages_come_and_a_slot_keeps_its_place() -> None:
-    tier = RamTier(10_000, 4096, torch.float32, lock=False)
+    _, tier = ram_tier(10_000, 4096)
     assert tier.bytes == 0
     tier.stored([0, 9_999])
     tier.pages(0, 2)[1] = 7.0
@@ -97,20 +106,17 @@ def test_ram_is_taken_as_pages_come_and_a_slot_keeps_its_place() -> None:
     assert tier.bytes == 0
 
 
-def test_slabs_made_by_two_threads_are_the_same_ones() -> None:
-    tier = RamTier(64, 1 << 22, torch.float32, lock=False)  # a slab of four pages each
-    begin = threading.Barrier(4)
-
-    def take() -> None:
-        begin.wait()
-        for slot in range(64):
-            tier.pages(slot, 1)
-
-    threads = [threading.Thread(target=take) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(tier._slabs) == len(tier._addresses) == 16
-    assert [slab.data_ptr() for slab in tier._slabs] == tier._addresses
+def test_slabs_begin_at_pages_of_the_system_and_hold_what_records_say() -> None:
+    store, tier = ram_tier(30, 1_000_003)  # 16 pages a slab, none of a round size
+    tier.stored([17])
+    tier.pages(17, 1)[:] = 3.0
+    tier.commit(17, PageName(bytes(32), None), 16)
+    base = store.data.ctypes.data
+    (record,) = store.committed()
+    assert record.length == 4 * 1_000_003
+    assert (tier.address(16, 1) - base) % 4096 == 0
+    data = store.data[record.offset : record.offset + record.length]
+    assert np.unique(data.view(np.float32)).tolist() == [3.0]
+    tier.stored([17])
+    assert store.committed() == []
     tier.close()

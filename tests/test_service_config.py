@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pagedd_daemon.front.config import ConfigError
+from pagedd_daemon.front.config import ConfigError, Settings
 from pagedd_daemon.front.config_file import change_app, key_lines, load, parse
 from pagedd_daemon.front.config_model import ConfigFile
 
@@ -152,3 +152,8 @@ def test_lines_of_keys_are_found_in_every_way_to_write_them() -> None:
         ("p", "q"): 5,
         ("p", "q", "list"): 6,
     }
+
+
+def test_more_ram_than_the_machine_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ram_gb is 1e\+06, and this machine has"):
+        Settings(tmp_path, ram_bytes=10**15)

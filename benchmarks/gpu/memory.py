@@ -16,6 +16,8 @@ from kvpager.types import Load, Page, Store, Tier
 from pagedd_daemon.backends.paged.arena import PoolShape, make_arena
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.transfers import Transfers
+from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.records import bind
 
 POOL_GB = 8.6
 
@@ -99,7 +101,8 @@ def _rates(shape: PoolShape) -> tuple[float, float]:
     device, count, group = torch.device("cuda", 0), 1024, 64
     arena = make_arena(shape, count, count, device)
     arena.resize(count)
-    ram = RamTier(count, shape.block_bytes // 2, shape.dtype, lock=True)
+    store = RamStore(-1, (count + 64) * shape.block_bytes, bind("memory"), count)
+    ram = RamTier(store, count, shape.block_bytes // 2, shape.dtype, lock=True)
     transfers = Transfers(arena.kv, ram, device)
     blocks = np.random.default_rng(1).permutation(count).tolist()
     slots = np.random.default_rng(2).permutation(count).tolist()

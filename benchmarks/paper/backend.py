@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.paper.model import BLOCK_TOKENS, LONGEST, TOKEN_BYTES, LatencyModel
 from benchmarks.paper.workload import VOCABULARY
-from kvpager.types import Instruction, Load, Store
+from kvpager.types import Adopt, Instruction, Load, PageName, Spill, Store
 from pagedd_daemon.backends.base import (
     Capabilities,
     Handle,
@@ -102,6 +102,13 @@ class TimingBackend:
         assert isinstance(handle, _Ends)
         self.now_s = handle.at_s
         return StepResult(handle.epoch, [], handle.seconds)
+
+    def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
+        """See `Backend`: nobody comes after this one."""
+
+    def adoptable(self) -> list[Adopt]:
+        """See `Backend`; none."""
+        return []
 
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""

@@ -34,6 +34,9 @@ class Configure:
     """Budget of the RAM tier."""
     threads: int
     """CPU threads that compute where there is no GPU; 0: the number of physical cores."""
+    ram_fd: int = -1
+    """The memory file that the engine has inherited for it (`pagedd_daemon.memory_file`); -1: none,
+    and the tier is gone with the engine."""
     kv_dtype: str = "f16"
     """llama.cpp only; torch keeps KV in the type it computes in."""
     flash_attention: bool = True

@@ -12,6 +12,7 @@ from kvpager.restore import Restore, meeting_point
 from kvpager.types import (
     Admit,
     Admitted,
+    Adopt,
     Attach,
     BlockState,
     CopyBlock,
@@ -26,6 +27,7 @@ from kvpager.types import (
     Load,
     Move,
     Page,
+    PageName,
     PagerConfig,
     PagerStats,
     PoolSplit,
@@ -59,6 +61,7 @@ from kvpager.types import (
 __all__ = [
     "Admit",
     "Admitted",
+    "Adopt",
     "Attach",
     "BlockState",
     "CopyBlock",
@@ -75,6 +78,7 @@ __all__ = [
     "Load",
     "Move",
     "Page",
+    "PageName",
     "Pager",
     "PagerConfig",
     "PagerError",

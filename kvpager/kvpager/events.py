@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from kvpager.shape import PriorityClass, Tokens
+from kvpager.shape import PriorityClass, Tier, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,31 @@ class SetQuota:
     """It never gets more blocks than this; 0 for no ceiling."""
 
 
+@dataclass(frozen=True, slots=True)
+class PageName:
+    """What a full page is called, whoever computed it and wherever it lies."""
+
+    digest: bytes
+    """32 bytes: the SHA-256 chain over all tokens up to its end."""
+    before: bytes | None
+    """The digest of the page in front of it; None for the first of a chain, and where it is not
+    known any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """These slots of a lower tier already hold these pages, left there by an earlier life.
+
+    They become cached pages; the first one is reclaimed first. A page that the tier has already is
+    not taken a second time, and those beyond the cache's share of the tier are let go at once, in
+    that order. Nothing is answered.
+    """
+
+    tier: Tier
+    pages: tuple[tuple[int, PageName], ...]
+    """Slot and page, each slot free and named once."""
+
+
 Event: TypeAlias = (
     Admit
     | Resume
@@ -196,4 +221,5 @@ Event: TypeAlias = (
     | TransferFailed
     | Pressure
     | SetQuota
+    | Adopt
 )

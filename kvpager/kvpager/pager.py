@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpager.admission import Admission
+from kvpager.adoption import adopt
 from kvpager.blocks import ACTIVE, FREE, LOADING
 from kvpager.cost import CostModel
 from kvpager.endings import Endings
@@ -23,6 +24,7 @@ from kvpager.steps import Steps
 from kvpager.transfers import Transfers
 from kvpager.types import (
     Admit,
+    Adopt,
     DeferReason,
     Deferred,
     Event,
@@ -30,6 +32,7 @@ from kvpager.types import (
     Free,
     Instruction,
     Load,
+    PageName,
     PagerConfig,
     PagerStats,
     PoolSplit,
@@ -133,6 +136,8 @@ class Pager:
             self._endings.free(event, out)
         elif isinstance(event, Pressure):
             self._pressure(event, out)
+        elif isinstance(event, Adopt):
+            adopt(self._pool, event)
         else:
             self._set_quota(event)
         if self._shrinking.waiting and isinstance(event, _LETTING_GO):
@@ -244,6 +249,16 @@ class Pager:
         if state is None:
             raise self._seqs.impossible(seq, "is not here")
         return state.slot
+
+    def page_name(self, tier: Tier, slot: int) -> PageName | None:
+        """The page that a slot of a lower tier holds or is being filled with; None where it is no
+        full page, and no use to anybody but the sequence that was swapped out there."""
+        node = self._pool.lower[tier].node[slot]
+        if node < 0:
+            return None
+        index = self._pool.index
+        parent = index.parent[node]
+        return PageName(index.digest(node), index.digest(parent) if parent >= 0 else None)
 
     def story(self, seq: int) -> tuple[str, ...]:
         """The last events of a sequence, oldest first; of an ended one too, for a while."""

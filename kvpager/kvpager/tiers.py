@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from enum import Enum, IntEnum, auto
 from typing import NamedTuple
 
@@ -120,6 +121,15 @@ class LowerTier:
         """The slot being filled will hold the page ``node``."""
         self.node[slot] = node
         self._index.place(node, self.tier, slot)
+
+    def adopt(self, slots: Sequence[int]) -> None:
+        """These slots, which are free, are ready and named; the first is reclaimed first."""
+        taken = set(slots)
+        self.free = array("i", [slot for slot in self.free if slot not in taken])
+        for slot in slots:
+            self.state[slot] = _READY
+            self.cached.push_newest(slot)
+        self.shrink_cache()
 
     def hold(self, slot: int) -> None:
         """One more swapped sequence needs the slot."""

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from kvpager.events import (
     Admit,
+    Adopt,
     Event,
     Fork,
     Free,
+    PageName,
     Preempt,
     PreemptMode,
     Pressure,
@@ -71,6 +73,7 @@ from kvpager.shape import (
 __all__ = [
     "Admit",
     "Admitted",
+    "Adopt",
     "Attach",
     "BlockState",
     "CopyBlock",
@@ -85,6 +88,7 @@ __all__ = [
     "Load",
     "Move",
     "Page",
+    "PageName",
     "PagerConfig",
     "PagerStats",
     "PoolSplit",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvpager import Pager, PagerConfig
 from kvpager.types import (
     Admit,
     Admitted,
@@ -27,11 +26,10 @@ from kvpager.types import (
     StepFailed,
     StepLaunched,
     StepRetired,
-    TransferDone,
-    TransferFailed,
     Truncate,
 )
 from pagedd_daemon.backends.base import Backend, Draw, Run, Step, StepFaultError
+from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Sampler
 from tests.support.steps import greedy, ids
 
@@ -47,17 +45,9 @@ class Driver:
     def __init__(self, backend: Backend, *, validate: bool = True) -> None:
         """``validate``: check the pager's invariants after every event (slow with many pages)."""
         self._validate = validate
-        caps = backend.capabilities
         self.backend = backend
-        self.pager = Pager(
-            PagerConfig(
-                gpu_blocks=caps.gpu_blocks,
-                ram_blocks=caps.ram_blocks,
-                block_tokens=caps.block_tokens,
-                max_sequences=caps.max_sequences,
-                keep_cached_on_gpu=caps.keep_cached_on_gpu,
-            )
-        )
+        self._pool = Pool(backend)
+        self.pager = self._pool.pager
         self.texts: dict[int, list[int]] = {}
         """All tokens of each sequence."""
         self.computed: dict[int, int] = {}
@@ -70,14 +60,9 @@ class Driver:
 
     def handle(self, event: Event) -> list[Instruction]:
         """One event, and every transfer that follows from it."""
-        out = self.pager.handle(event)
-        self.backend.apply(out)
-        while ended := self.backend.poll_transfers():
-            for result in ended:
-                kind = TransferDone if result.ok else TransferFailed
-                more = self.pager.handle(kind(result.transfer))
-                self.backend.apply(more)
-                out = out + more
+        out = self._pool.handle(event)
+        while self._pool.transfers_in_flight:
+            out = out + self._pool.settle()
         if self._validate:
             self.pager.validate()
         for answer in out:

@@ -242,6 +242,7 @@ class FakeSource:
         self.texts = {name: FakeText() for name in ("a", "b", "c")}
         self.engines: list[FakeEngine] = []
         self.loads: list[str] = []
+        self.forgotten = 0
         self.ready = m.Ready("simulated", "CPU", 258, 1000, 2000, 16, (256,), "f16")
         self.automatic = True
         self._spawned = asyncio.Event()
@@ -273,6 +274,9 @@ class FakeSource:
             engine.say(self.ready)
         self._spawned.set()
         return engine
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     async def engine(self, number: int) -> FakeEngine:
         """The ``number``-th engine, when it has been started."""

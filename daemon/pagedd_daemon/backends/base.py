@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvpager.types import Instruction, Tokens
+from kvpager.types import Adopt, Instruction, PageName, Spill, Store, Tokens
 from pagedd_daemon.engine.sampler import Drawn, Sampler
 
 PENDING = -1
@@ -189,6 +189,18 @@ class Backend(Protocol):
 
     def poll_transfers(self) -> list[TransferResult]:
         """Transfers that ended since the last call."""
+        ...
+
+    def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
+        """A transfer that has ended well has filled slots of a lower tier with the pages ``names``,
+        one for each of ``transfer.pages``; None for one that is of no use to anybody else.
+
+        From now on they may be found by whoever comes after this backend, too.
+        """
+        ...
+
+    def adoptable(self) -> list[Adopt]:
+        """What lower tiers hold from before this backend. Asked for once, before anything else."""
         ...
 
     def memory(self) -> MemoryReport:

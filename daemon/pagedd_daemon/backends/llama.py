@@ -13,14 +13,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from kvpager.types import Attach, CopyBlock, Instruction, Load, Page, Release, Store, Tier, Trim
+from kvpager.types import (
+    Adopt,
+    Attach,
+    CopyBlock,
+    Instruction,
+    Load,
+    Page,
+    PageName,
+    Release,
+    Spill,
+    Store,
+    Tier,
+    Trim,
+)
 from pagedd_daemon.backends import llama_api as api
 from pagedd_daemon.backends.base import (
     Capabilities,
@@ -36,6 +49,8 @@ from pagedd_daemon.backends.base import (
 from pagedd_daemon.backends.extents import EXTENT_PAGES, Extent, Extents, Span
 from pagedd_daemon.backends.holders import Holders
 from pagedd_daemon.engine.sampler import Drawn, draw
+from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.records import bind
 from pagedd_daemon.messages import Configure
 
 BLOCK_TOKENS = 16
@@ -65,7 +80,12 @@ class LlamaBackend:
     """See the module. Implements `pagedd_daemon.backends.base.Backend`."""
 
     def __init__(
-        self, model: api.Model, context: api.Context, caps: Capabilities, ram_bytes: int
+        self,
+        model: api.Model,
+        context: api.Context,
+        caps: Capabilities,
+        ram: RamStore,
+        ram_bytes: int,
     ) -> None:
         """Use `load`."""
         self._model = model
@@ -74,12 +94,11 @@ class LlamaBackend:
         self._free_ids = list(range(api.SEQUENCE_IDS - TEMPORARY_IDS - 1, -1, -1))
         self._ids: dict[int, int] = {}
         self._holders = Holders(caps.block_tokens)
-        self._extents = Extents(ram_bytes)
+        self._extents = Extents(ram, ram_bytes)
         window = model.window_tokens
         # Saving leaves out cells that the saved id's own window masks, so an extent must fit in it.
         self._extent_pages = max(1, min(EXTENT_PAGES, window // BLOCK_TOKENS or EXTENT_PAGES))
-        extent_bytes = self._extent_pages * caps.block_bytes + _STATE_OVERHEAD
-        self._scratch = np.empty(extent_bytes, np.uint8)
+        self._page_bytes = caps.block_bytes
         self._ended: list[TransferResult] = []
         self._closed = False
 
@@ -172,7 +191,9 @@ class LlamaBackend:
             constrains=True,
             notice=notice,
         )
-        return cls(model, context, caps, configure.ram_bytes)
+        binding = _binding(caps, options)
+        ram = RamStore(configure.ram_fd, configure.ram_bytes, binding, caps.ram_blocks)
+        return cls(model, context, caps, ram, configure.ram_bytes)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -245,23 +266,27 @@ class LlamaBackend:
     def _save(self, identity: int, start: int, end: int, tokens: int) -> Extent | None:
         """Save a temporary id, which must hold positions start to end - 1, and empty it."""
         whole = self._context.held(identity) == (start, end - 1)
-        size = self._context.save(identity, self._scratch) if whole else 0
+        most = -(-tokens // BLOCK_TOKENS) * self._page_bytes + _STATE_OVERHEAD
+        room = self._extents.room(most) if whole else None
+        size = 0
+        if room is not None:
+            size = self._context.save(identity, room[1])
+            self._extents.give(room[0], most, keep=size)
         self._context.remove(identity)
-        return Extent(self._scratch[:size].copy(), tokens) if size else None
+        return Extent(room[0], size, tokens) if room is not None and size else None
 
     def _pack(self, extent: Extent) -> None:
         """Save again what slots stand for of an extent, and let go of the rest."""
-        slots = dict(extent.slots)
-        spans = sorted(slots.values())
+        spans = sorted(extent.slots.values())
         packed = None
-        if self._context.restore(_SAVE, extent.data):
+        if self._context.restore(_SAVE, self._extents.data(extent)):
             for start, end in spans:
                 self._context.share(_SAVE, _PACK, start, end)
             tokens = sum(end - start for start, end in spans)
             packed = self._save(_PACK, spans[0][0], spans[-1][1], tokens)
         self._context.remove(_SAVE)
         assert packed is not None, "an extent that was saved cannot be restored"
-        self._extents.put(packed, slots)
+        self._extents.replace(extent, packed)
 
     def _load(self, load: Load) -> bool:
         assert load.tier is Tier.RAM
@@ -270,6 +295,7 @@ class LlamaBackend:
         if not ok:
             for page in load.pages:
                 self._context.remove(mine, *_span(page))
+            self._extents.drop([page.slot for page in load.pages])
             return False
         for page in load.pages:
             self._holders.put(load.seq, page.index, (page.block,), _span(page)[1])
@@ -287,12 +313,23 @@ class LlamaBackend:
         extent = self._extents.at(pages[0].slot)
         if extent is None or any(not _within(_span(p), extent.slots[p.slot]) for p in pages):
             return False
-        ok = self._context.restore(_SAVE, extent.data)
+        ok = self._context.restore(_SAVE, self._extents.data(extent))
         if ok:
             for start, end in _join(sorted(_span(page) for page in pages)):
                 self._context.share(_SAVE, target, start, end)
         self._context.remove(_SAVE)
         return ok
+
+    def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
+        """See `Backend`."""
+        if isinstance(transfer, Store):
+            for page, name in zip(transfer.pages, names, strict=True):
+                if name is not None:
+                    self._extents.commit(page.slot, name)
+
+    def adoptable(self) -> list[Adopt]:
+        """See `Backend`."""
+        return [Adopt(Tier.RAM, self._extents.named())]
 
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""
@@ -313,7 +350,7 @@ class LlamaBackend:
         """See `Backend`."""
         if not self._closed:
             self._closed = True
-            self._extents.clear()
+            self._extents.close()
             self._context.close()
             self._model.close()
 
@@ -374,6 +411,19 @@ class LlamaBackend:
             seqs = (one.seq for run in runs for one in run.draws)
             drawn = list(zip(seqs, results, strict=True))
         return StepResult(step.epoch, drawn, handle.seconds + time.perf_counter() - begin)
+
+
+def _binding(caps: Capabilities, options: api.ContextOptions) -> bytes:
+    """What the bytes of an extent depend on. Flash attention wants values not transposed."""
+    return bind(
+        caps.name,
+        api.VERSION,
+        caps.model_digest,
+        caps.kv_dtype,
+        caps.block_tokens,
+        caps.block_bytes,
+        options.flash_attention,
+    )
 
 
 def _physical_cores() -> int:

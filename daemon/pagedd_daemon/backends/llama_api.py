@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
+VERSION: str = llama_cpp.__version__
+"""Of the binding: the layout of saved states goes with it."""
 SEQUENCE_IDS = 256
 """`LLAMA_MAX_SEQ`: more than this a context cannot tell apart."""
 

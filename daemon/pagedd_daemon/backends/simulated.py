@@ -16,13 +16,13 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from kvpager.types import CopyBlock, Instruction, Load, Shrunk, Store, Tier
+from kvpager.types import Adopt, CopyBlock, Instruction, Load, PageName, Shrunk, Spill, Store, Tier
 from pagedd_daemon.backends.base import (
     PENDING,
     Capabilities,
@@ -38,6 +38,8 @@ from pagedd_daemon.backends.base import (
 )
 from pagedd_daemon.backends.chain import POISON, Oracle, chain, mix, noise
 from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
+from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.records import Record, bind
 from pagedd_daemon.messages import Configure
 
 BLOCK_TOKENS = 16
@@ -103,6 +105,7 @@ class SimulatedBackend:
         step_s: float = 0.0,
         token_s: float = 0.0,
         page_s: float = 0.0,
+        ram_fd: int = -1,
         faults: Faults | None = None,
         verify: bool = False,
         clock: Callable[[], float] = time.perf_counter,
@@ -116,6 +119,7 @@ class SimulatedBackend:
             step_s: Seconds of a step beside its tokens.
             token_s: Seconds for each input token of a step.
             page_s: Seconds that each page of a transfer is said to take; nobody waits for it.
+            ram_fd: The memory file of the RAM tier; -1: one of its own.
             faults: What goes wrong.
             verify: Check every cell of every block table at every step (slow).
             clock: Seconds, monotonic.
@@ -127,8 +131,15 @@ class SimulatedBackend:
         self._clock, self._wait = clock, wait
         shape = (capabilities.gpu_blocks, capabilities.block_tokens)
         self._cells = np.full(shape, POISON, np.uint64)
-        self._ram = np.full((capabilities.ram_blocks, shape[1]), POISON, np.uint64)
-        self._stored: set[int] = set()
+        binding = bind(capabilities.name, capabilities.model_digest, shape[1])
+        slots = capabilities.ram_blocks
+        budget = slots * capabilities.block_bytes
+        self._store = RamStore(ram_fd, budget, binding, slots)
+        self._page_bytes = 8 * shape[1]
+        pages = self._store.data[: slots * self._page_bytes].view(np.uint64)
+        self._ram = pages.reshape(slots, shape[1])
+        self._found = tuple((record.slot, record.name) for record in self._store.found)
+        self._stored: set[int] = {slot for slot, _ in self._found}
         self._oracle = Oracle(shape[1]) if verify else None
         self._spoilt: set[int] = set()
         """Sequences of a failed step that nobody was told of yet: a step launched upon it reads
@@ -187,6 +198,7 @@ class SimulatedBackend:
             capabilities,
             step_s=configure.simulated_step_us * 1e-6,
             token_s=configure.simulated_token_us * 1e-6,
+            ram_fd=configure.ram_fd,
             faults=faults,
             verify=verify,
         )
@@ -232,6 +244,7 @@ class SimulatedBackend:
         for page in transfer.pages:
             n = page.tokens
             if isinstance(transfer, Store):
+                self._store.clear((page.slot,))
                 self._ram[page.slot] = POISON
                 if ok:
                     self._ram[page.slot, :n] = self._cells[page.block, :n]
@@ -240,6 +253,19 @@ class SimulatedBackend:
                 self._cells[page.block] = POISON
                 if ok:
                     self._cells[page.block, :n] = self._ram[page.slot, :n]
+
+    def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
+        """See `Backend`."""
+        if isinstance(transfer, Store):
+            for page, name in zip(transfer.pages, names, strict=True):
+                if name is not None:
+                    size = self._page_bytes
+                    at = page.slot * size
+                    self._store.commit(Record(page.slot, name, page.tokens, at, size))
+
+    def adoptable(self) -> list[Adopt]:
+        """See `Backend`."""
+        return [Adopt(Tier.RAM, self._found)]
 
     def memory(self) -> MemoryReport:
         """See `Backend`; what a model with `BYTES_PER_TOKEN` would take."""
@@ -254,6 +280,8 @@ class SimulatedBackend:
         """See `Backend`."""
         self._pending.clear()
         self._stored.clear()
+        self._ram = np.empty((0, self._caps.block_tokens), np.uint64)
+        self._store.close()
 
     # ----------------------------------------------------------------------------------------- step
 

@@ -53,6 +53,8 @@ class Pool:
         self._backend = backend
         self._in_flight: dict[int, Store | Load | Spill] = {}
         self._copied: dict[tuple[type[Store | Load], Tier], _Copied] = {}
+        for pages in backend.adoptable():
+            self.handle(pages)
 
     @property
     def transfers_in_flight(self) -> int:
@@ -78,11 +80,26 @@ class Pool:
         while self._in_flight and (ended := self._backend.poll_transfers()):
             for result in ended:
                 transfer = self._in_flight.pop(result.transfer)
-                if result.ok and result.seconds > 0.0:
-                    self._measure(transfer, result.seconds)
+                if result.ok:
+                    self._commit(transfer)
+                    if result.seconds > 0.0:
+                        self._measure(transfer, result.seconds)
                 kind = TransferDone if result.ok else TransferFailed
                 followed += self.handle(kind(result.transfer))
         return followed
+
+    def _commit(self, transfer: Store | Load | Spill) -> None:
+        """Have the backend write down what pages a copy has left below.
+
+        Before the pager hears of its end: then the slots may be given to others at once.
+        """
+        if isinstance(transfer, Load):
+            return
+        if isinstance(transfer, Store):
+            places = [(transfer.tier, page.slot) for page in transfer.pages]
+        else:
+            places = [(transfer.target, move.target) for move in transfer.pages]
+        self._backend.commit(transfer, [self.pager.page_name(*place) for place in places])
 
     def _measure(self, transfer: Store | Load | Spill, seconds: float) -> None:
         """Tell the pager how fast pages move, once enough of them have."""

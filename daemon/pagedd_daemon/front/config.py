@@ -101,6 +101,10 @@ class Settings:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative")
+        if self.ram_bytes > (there := memory_bytes()):
+            raise ConfigError(
+                f"ram_gb is {self.ram_bytes / 1e9:g}, and this machine has {there / 1e9:.1f} GB"
+            )
         for name in ("keep_alive_s", "drain_s"):
             value = getattr(self, name)
             if math.isnan(value) or value < 0:

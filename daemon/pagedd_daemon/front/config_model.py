@@ -131,7 +131,8 @@ class ServeSettings(Table):
         Annotated[float, Field(ge=0)] | None,
         About("GB", "next load", "number, 0 or more", "a quarter of the memory"),
     ] = None
-    """RAM for KV that is paged out or cached."""
+    """RAM for KV that is paged out or cached; no more than the machine has. It is taken as it is
+    needed, outlives an engine that dies, and is given back when the model is unloaded."""
     threads: Annotated[_Count, About("threads", "next load", default="the physical cores")] = 0
     """Threads that compute where no GPU does. 0: the physical cores."""
     context: Annotated[_Count, About("tokens", "next load", default="the model's")] = 0

@@ -161,9 +161,17 @@ class EngineProcess:
 
     @classmethod
     async def spawn(
-        cls, listener: EngineListener, command: Sequence[str] = ("-m", "pagedd_daemon.engine")
+        cls,
+        listener: EngineListener,
+        command: Sequence[str] = ("-m", "pagedd_daemon.engine"),
+        inherited: Sequence[int] = (),
     ) -> EngineProcess:
         """Start ``python COMMAND --fd N``.
+
+        Args:
+            listener: Who hears what it says.
+            command: For the interpreter.
+            inherited: Further descriptors that it gets, under the same numbers.
 
         Raises:
             OSError: The process could not be started.
@@ -176,7 +184,7 @@ class EngineProcess:
                 "--fd",
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *inherited),
                 start_new_session=True,
                 cwd="/",  # or modules in the directory the daemon was started in could be imported
             )

@@ -121,7 +121,15 @@ class Source(Protocol):
         ...
 
     async def spawn(self, listener: EngineListener) -> Engine:
-        """Start an engine process."""
+        """Start an engine process. It finds what the one before it left in the RAM tier.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        ...
+
+    def forget(self) -> None:
+        """The model is no longer wanted: give the memory of its RAM tier back."""
         ...
 
 

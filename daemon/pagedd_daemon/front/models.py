@@ -199,6 +199,7 @@ class Models:
         if self.current is not None:
             model, self.current = self.current, None
             await model.engine.stop(grace_s)
+        self._source.forget()
         self.state = State.ASLEEP
 
     # ------------------------------------------------------------ what engines say
@@ -309,6 +310,7 @@ class Models:
                 log.exception("%s could not be loaded", entry.name)
             self.state, self.starting = State.ASLEEP, None
             self.trouble = f"{entry.name} could not be loaded: {error}"
+            self._source.forget()
             for lease in self._take(entry):
                 lease.refuse(error)
             return
@@ -348,6 +350,7 @@ class Models:
         self._asleep = model.entry
         self._engine = self.current = None
         await model.engine.stop(_STOP_GRACE_S)
+        self._source.forget()
         self._ended(model, None)
         self.state = State.ASLEEP
         while self._queue and isinstance(asked := self._queue[0], _Unload):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from array import array
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import ChatPrompt, HelperError, HelperPool, ModelText
 from pagedd_daemon.front.model_ports import Conversation, Entry, Rendered, Text, wire_error
 from pagedd_daemon.helper.protocol import SIMULATED
+from pagedd_daemon.memory_file import create_memory
 from pagedd_daemon.messages import Configure
 from pagedd_daemon.models.errors import ModelError
 from pagedd_daemon.models.registry import ModelEntry, Registry
@@ -75,6 +77,8 @@ class ModelSource:
         """What the next load of a model is made with."""
         self._registry = registry
         self._pool = pool
+        self._ram: tuple[int, int] | None = None
+        """Descriptor and budget of the RAM tier's memory file."""
 
     async def default(self) -> ModelEntry | None:
         """The model for requests that name none; None where none was configured or can be had.
@@ -131,6 +135,7 @@ class ModelSource:
             context_tokens=settings.context_tokens,
             kv_tokens=settings.kv_tokens,
             ram_bytes=settings.ram_bytes,
+            ram_fd=-1 if self._ram is None else self._ram[0],
             threads=settings.threads,
             kv_dtype=settings.kv_dtype,
             flash_attention=settings.flash_attention,
@@ -152,5 +157,17 @@ class ModelSource:
 
     async def spawn(self, listener: EngineListener) -> Engine:
         """See `models.Source`."""
+        budget = self.settings.ram_bytes
+        if self._ram is not None and self._ram[1] != budget:
+            self.forget()
+        if self._ram is None:
+            self._ram = create_memory(budget), budget
         command = ("-m", "pagedd_daemon.engine", "--log-level", self.settings.log_level)
-        return await EngineProcess.spawn(listener, (*command, "--prepare", self._backend()))
+        prepared = (*command, "--prepare", self._backend())
+        return await EngineProcess.spawn(listener, prepared, (self._ram[0],))
+
+    def forget(self) -> None:
+        """See `models.Source`."""
+        if self._ram is not None:
+            os.close(self._ram[0])
+            self._ram = None

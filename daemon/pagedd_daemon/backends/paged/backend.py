@@ -16,7 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpager.types import CopyBlock, Grown, Instruction, Load, Shrunk, Store
+from kvpager.types import (
+    Adopt,
+    CopyBlock,
+    Grown,
+    Instruction,
+    Load,
+    PageName,
+    Shrunk,
+    Spill,
+    Store,
+    Tier,
+)
 from pagedd_daemon.backends.base import (
     Capabilities,
     Draw,
@@ -179,6 +190,17 @@ class PagedBackend:
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""
         return self._transfers.poll()
+
+    def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
+        """See `Backend`."""
+        if isinstance(transfer, Store):
+            for page, name in zip(transfer.pages, names, strict=True):
+                if name is not None:
+                    self._ram.commit(page.slot, name, page.tokens)
+
+    def adoptable(self) -> list[Adopt]:
+        """See `Backend`."""
+        return [Adopt(Tier.RAM, self._ram.found())]
 
     def memory(self) -> MemoryReport:
         """See `Backend`."""

@@ -35,6 +35,8 @@ from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.warmup import warm_up
+from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.records import bind
 from pagedd_daemon.messages import Configure
 from pagedd_daemon.models.config import fits
 from pagedd_daemon.models.decoder import Decoder
@@ -67,6 +69,8 @@ class Wishes:
     kv_tokens: int = 0
     """Tokens of the pool; 0: by the memory there is."""
     ram_bytes: int = 0
+    ram_fd: int = -1
+    """The memory file of the RAM tier; -1: one of its own."""
     context_tokens: int = 0
     """0: the model's."""
     model_digest: bytes = bytes(32)
@@ -99,6 +103,7 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
     wishes = Wishes(
         kv_tokens=configure.kv_tokens,
         ram_bytes=configure.ram_bytes,
+        ram_fd=configure.ram_fd,
         context_tokens=configure.context_tokens,
         model_digest=configure.model_digest,
         eog_tokens=frozenset(configure.eog_tokens),
@@ -178,7 +183,9 @@ def serve(model: Model, wishes: Wishes, report: LoadReport | None = None) -> Pag
             part.count = arena.resize(wanted)
     caps = _capabilities(model, wishes, shape, arena.blocks, limits.step_tokens)
     page_values = shape.block_bytes // shape.dtype.itemsize
-    ram = RamTier(caps.ram_blocks, page_values, shape.dtype, lock=cuda)
+    binding = bind(caps.name, caps.model_digest, caps.kv_dtype, *shape.tensor_shape(1))
+    store = RamStore(wishes.ram_fd, wishes.ram_bytes, binding, caps.ram_blocks)
+    ram = RamTier(store, caps.ram_blocks, page_values, shape.dtype, lock=cuda)
     return PagedBackend(model, arena, ram, caps, runner, buckets, counter, report)
 
 

@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpager.types import PageName
+from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.ranges import UNIT, round_up
+from pagedd_daemon.engine.tiers.records import Record
+
 log = logging.getLogger(__name__)
 
 SLAB_BYTES = 64 << 20
@@ -28,35 +33,57 @@ about. At most an eighth of the tier."""
 class RamTier:
     """Memory for ``slots`` pages of ``page_values`` elements."""
 
-    def __init__(self, slots: int, page_values: int, dtype: torch.dtype, *, lock: bool) -> None:
-        """An empty tier.
+    def __init__(
+        self, store: RamStore, slots: int, page_values: int, dtype: torch.dtype, *, lock: bool
+    ) -> None:
+        """A tier in the memory of ``store``, with what an earlier engine left there.
 
         Args:
+            store: Whose data the pages are; closed with the tier.
             slots: Pages at most.
             page_values: Elements of a page.
             dtype: Of the elements.
             lock: Page-lock the memory for CUDA, in the background.
         """
+        self._store = store
         self._slots = slots
-        self._page_values = page_values
-        self._dtype = dtype
         self.page_bytes = page_values * dtype.itemsize
         self.slab_pages = max(1, SLAB_BYTES // self.page_bytes)
         """Pages per slab."""
+        # Slabs begin at pages of the system: two of them must not share one to be locked.
+        self._stride = round_up(self.slab_pages * self.page_bytes)
+        self._slabs = [
+            self._slab(number, page_values, dtype) for number in range(-(-slots // self.slab_pages))
+        ]
+        self._addresses = [slab.data_ptr() for slab in self._slabs]
         self._ahead = max(1, min(AHEAD, slots // self.slab_pages // 8))
-        self._slabs: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._guard = threading.Lock()
         self._wanted = 0
         self._wake = threading.Event()
         self._closing = False
         self._used: set[int] = set()
+        self._names: dict[int, PageName] = {}
+        for record in store.found:
+            if (record.offset, record.length) == (self._offset(record.slot), self.page_bytes):
+                self._names[record.slot] = record.name
+                self._used.add(record.slot)
         self._locked = 0
         self._thread: threading.Thread | None = None
         if lock and slots:
             self._thread = threading.Thread(target=self._work, name="page-lock", daemon=True)
             self._thread.start()
-            self._want(self._ahead)
+            last = max(self._used, default=0)
+            self._want(last // self.slab_pages + 1 + self._ahead)
+
+    def _slab(self, number: int, page_values: int, dtype: torch.dtype) -> Tensor:
+        pages = min(self.slab_pages, self._slots - number * self.slab_pages)
+        start = number * self._stride
+        data = torch.from_numpy(self._store.data[start : start + pages * self.page_bytes])
+        return data.view(dtype).view(pages, page_values)
+
+    def _offset(self, slot: int) -> int:
+        """Of a page in the store's data."""
+        number, at = divmod(slot, self.slab_pages)
+        return number * self._stride + at * self.page_bytes
 
     @property
     def bytes(self) -> int:
@@ -70,7 +97,17 @@ class RamTier:
 
     def stored(self, slots: Iterable[int]) -> None:
         """These slots are about to be written."""
-        self._used.update(slots)
+        changed = tuple(slots)
+        self._used.update(changed)
+        self._store.clear(changed)
+
+    def commit(self, slot: int, name: PageName, tokens: int) -> None:
+        """The slot has been written, and whoever comes next may find its page."""
+        self._store.commit(Record(slot, name, tokens, self._offset(slot), self.page_bytes))
+
+    def found(self) -> tuple[tuple[int, PageName], ...]:
+        """What an earlier engine left, oldest first."""
+        return tuple(self._names.items())
 
     def pages(self, slot: int, count: int) -> Tensor:
         """``count`` slots of one slab, ``[count, page_values]``, from ``slot`` on."""
@@ -87,8 +124,6 @@ class RamTier:
         number, at = divmod(slot, self.slab_pages)
         assert at + count <= self.slab_pages
         assert slot + count <= self._slots
-        if number >= len(self._addresses):
-            self._have(number + 1)
         if number + 1 + self._ahead > self._wanted and self._thread is not None:
             self._want(number + 1 + self._ahead)
         return number, at
@@ -106,31 +141,7 @@ class RamTier:
         self._slabs.clear()
         self._addresses.clear()
         self._used.clear()
-
-    def _have(self, slabs: int) -> None:
-        """Take memory for so many slabs."""
-        with self._guard:
-            while len(self._slabs) < slabs:
-                self._add(self._make(len(self._slabs)))
-
-    def _next_to_lock(self, number: int) -> Tensor:
-        """The slab of this number, made here if nobody needed it yet."""
-        if number == len(self._slabs):
-            slab = self._make(number)
-            # The first touch is most of the time, and holds up nobody: nobody knows the slab yet.
-            slab.view(torch.uint8).numpy()[:] = 0
-            with self._guard:
-                if number == len(self._slabs):
-                    self._add(slab)
-        return self._slabs[number]
-
-    def _add(self, slab: Tensor) -> None:
-        self._slabs.append(slab)
-        self._addresses.append(slab.data_ptr())
-
-    def _make(self, number: int) -> Tensor:
-        rest = self._slots - number * self.slab_pages
-        return torch.empty((min(self.slab_pages, rest), self._page_values), dtype=self._dtype)
+        self._store.close()
 
     def _want(self, slabs: int) -> None:
         most = -(-self._slots // self.slab_pages)
@@ -145,7 +156,10 @@ class RamTier:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            slab = self._next_to_lock(self._locked)
+            slab = self._slabs[self._locked]
+            # The first touch is most of the time. Reading is enough, and changes nothing that an
+            # earlier engine left.
+            slab.view(torch.uint8).reshape(-1)[::UNIT].sum()
             status = _runtime().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
             if int(status) != 0:
                 log.warning("RAM cannot be page-locked any further (CUDA error %d)", int(status))

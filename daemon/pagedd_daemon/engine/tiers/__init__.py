@@ -1,0 +1,1 @@
+"""Memory below the first tier: RAM that outlives the engine, and files."""
