@@ -180,6 +180,10 @@ class AsyncClient:
         fields = {"app": name, "settings": dict(settings)}
         return await self._ask("apps.set", fields, timeout, control=True)
 
+    async def metrics(self, *, timeout: float | None = None) -> str:
+        """The daemon's figures in Prometheus' text format."""
+        return str((await self._ask("metrics", {}, timeout, control=True))["text"])
+
     async def reload(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Have the configuration file read again; see `pagedd.Control.reload`."""
         return await self._ask("reload", {}, timeout, control=True)

@@ -96,6 +96,10 @@ class Control:
         fields = {"app": name, "settings": dict(settings)}
         return self._ask("apps.set", fields, timeout, control=True)
 
+    def metrics(self, *, timeout: float | None = None) -> str:
+        """The daemon's figures in Prometheus' text format."""
+        return str(self._ask("metrics", {}, timeout, control=True)["text"])
+
     def reload(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Have the daemon read its configuration file again.
 

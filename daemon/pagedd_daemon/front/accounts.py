@@ -169,6 +169,19 @@ class Accounts:
         """The sum of a counter over all apps since the start."""
         return sum(getattr(a, name) for a in (self._gone, *self._accounts.values()))
 
+    def counters(self) -> tuple[tuple[str, str, dict[str, int]], ...]:
+        """App, program and counters of each; with empty names, those of all that are forgotten.
+
+        Users of one app and program are one.
+        """
+        found: dict[tuple[str, str], dict[str, int]] = {}
+        for account in (self._gone, *self._accounts.values()):
+            whose = (account.app, account.program.label)
+            sums = found.setdefault(whose, dict.fromkeys(_COUNTERS, 0))
+            for name in _COUNTERS:
+                sums[name] += getattr(account, name)
+        return tuple((app, program, sums) for (app, program), sums in found.items())
+
     def _forget_old(self, now: float) -> None:
         for key, account in list(self._accounts.items()):
             if not account.classes and not account.live and account.left < now - REMEMBER_S:

@@ -1,5 +1,5 @@
-"""What the person at the machine asks of a running daemon: settings of apps, and reading the file
-again."""
+"""What the person at the machine asks of a running daemon beside its status: settings of apps,
+reading the file again, and figures that must be read from devices first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.accounts import Accounts
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.config import ConfigError, Settings
+from pagedd_daemon.front.energy import Energy
 from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.metrics import text
 from pagedd_daemon.front.model_ports import Clock
 from pagedd_daemon.front.models import Models
 from pagedd_daemon.front.ports import Event
@@ -22,12 +24,12 @@ from pagedd_daemon.front.status import Board
 
 log = logging.getLogger("pagedd.settings")
 
-AdminRequest = r.AppsList | r.AppsShow | r.AppsSet | r.Reload
+AdminRequest = r.AppsList | r.AppsShow | r.AppsSet | r.Reload | r.Stats | r.Metrics
 Answer = Callable[[dict[str, Any]], None]
 
 
 class Administration:
-    """Answers the control verbs ``apps.*`` and ``reload``."""
+    """Answers the control verbs ``apps.*``, ``reload``, ``stats`` and ``metrics``."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Administration:
         self._clock = clock
         self._settings = settings
         self._settings_changed = changed
+        self._energy = Energy()
         self._changing = asyncio.Lock()
         """One at a time: each begins with the file as the last left it."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -71,10 +74,14 @@ class Administration:
         if isinstance(request, r.AppsShow):
             result(self._app(request.app))
             return
+        if isinstance(request, (r.Stats, r.Metrics)):
+            work = self._stats if isinstance(request, r.Stats) else self._metrics
+            self._board.fresh(lambda: self._later(work(), request.id, reply, result))
+            return
         if uid != os.geteuid():
             raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
-        work = self._set_app(request) if isinstance(request, r.AppsSet) else self._reload_map()
-        self._later(work, request.id, reply, result)
+        change = self._set_app(request) if isinstance(request, r.AppsSet) else self._reload_map()
+        self._later(change, request.id, reply, result)
 
     async def reload(self) -> Changes:
         """Read the file again; what can hold at once does.
@@ -98,6 +105,14 @@ class Administration:
         """An app's settings, and who is connected under its name."""
         connected = [row for row in self._board.apps() if row["app"] == name]
         return {**self._apps.described(name), "connected": connected}
+
+    async def _stats(self) -> dict[str, Any]:
+        joules = {} if self._energy.silent else await asyncio.to_thread(self._energy.read)
+        return {**self._board.stats(), "energy_joules": dict(joules)}
+
+    async def _metrics(self) -> dict[str, Any]:
+        figures = self._board.metrics()
+        return {"text": await asyncio.to_thread(lambda: text(figures, self._energy.read()))}
 
     async def _reload_map(self) -> dict[str, Any]:
         return (await self.reload()).as_map()
@@ -133,9 +148,12 @@ class Administration:
             if error is None:
                 result(task.result())
                 return
-            if not isinstance(error, (ConfigError, OSError)):
-                log.error("settings could not be changed", exc_info=error)
-            reply(WireError("E_CONFIG", str(error)).as_event(id, 0))
+            if isinstance(error, (ConfigError, OSError)):
+                said = WireError("E_CONFIG", str(error))
+            else:
+                log.error("a control request failed", exc_info=error)
+                said = WireError("E_INTERNAL", "a defect of the daemon; its log has more")
+            reply(said.as_event(id, 0))
 
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

@@ -482,6 +482,12 @@ class Ping(Request):
     verb = "ping"
 
 
+class Metrics(Request):
+    """Figures in Prometheus' text format."""
+
+    verb = "metrics"
+
+
 class AppsList(Request):
     """Which apps have settings, or are connected."""
 

@@ -167,8 +167,6 @@ class FrontService:
             result({"cancelled": self._cancel(uid, request, connection)})
         elif isinstance(request, r.Status):
             self.board.fresh(lambda: result(self.board.status()))
-        elif isinstance(request, r.Stats):
-            self.board.fresh(lambda: result(self.board.stats()))
         elif isinstance(request, r.Ping):
             result(self.board.ping())
         elif isinstance(request, AdminRequest):

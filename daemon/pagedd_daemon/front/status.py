@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pagedd_daemon.front.accounts import RATE_S, Accounts
-from pagedd_daemon.front.apps import Apps
+from pagedd_daemon.front.apps import CLASSES, Apps
+from pagedd_daemon.front.metrics import Figures, histograms
 from pagedd_daemon.front.model_ports import Clock, Timer
 from pagedd_daemon.front.models import Model, Models, State
 from pagedd_daemon.front.streams import Streams
@@ -155,6 +156,19 @@ class Board:
             "backend": dict(self.figures.get("backend", {})),
             "apps": self.apps(),
         }
+
+    def metrics(self) -> Figures:
+        """What ``metrics`` is written from."""
+        return Figures(
+            version=self._version,
+            status=self.status(),
+            stats=self.stats(),
+            outcomes=self._accounts.counters(),
+            measures={
+                klass: histograms(self._streams.measures[number])
+                for klass, number in CLASSES.items()
+            },
+        )
 
     def _degraded(self, model: Model | None) -> tuple[str | None, ...]:
         return self.notice, model.ready.notice if model else None, self._models.trouble

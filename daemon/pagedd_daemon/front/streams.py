@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from pagedd_daemon.front.accounts import Account
-from pagedd_daemon.front.apps import Apps, Standing
+from pagedd_daemon.front.apps import CLASSES, Apps, Standing
 from pagedd_daemon.front.calls import Call
 from pagedd_daemon.front.detokenizer import Detokenizer, PieceTable, pack_ids, unpack_ids
 from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.measures import Measures
 from pagedd_daemon.front.model_ports import Clock, Timer, wire_error
 from pagedd_daemon.front.models import Model, Models
 from pagedd_daemon.front.ports import Connection, Transport
@@ -39,13 +40,15 @@ from pagedd_daemon.messages import (
 class Sample:
     """One of the ``n`` continuations of a request."""
 
-    __slots__ = ("_detokenizer", "ids", "reason", "tail")
+    __slots__ = ("_detokenizer", "at", "ids", "reason", "tail")
 
     def __init__(self, table: PieceTable | None, stop: tuple[str, ...], min_tokens: int) -> None:
         """``table`` is None for a model without a tokeniser, whose samples have no text."""
         self.ids = array("i")
         """Generated and kept; with the prompt, all that is needed to go on elsewhere."""
         self.reason: str | None = None
+        self.at = 0.0
+        """When its last tokens came; 0 before the first."""
         self.tail = ""
         """Text that was held back until the end."""
         self._detokenizer = None if table is None else Detokenizer(table, stop, min_tokens)
@@ -133,6 +136,8 @@ class Streams:
         self._last_rid = 0
         self.steps = 0
         """Of the engine, since it started."""
+        self.measures = [Measures() for _ in CLASSES]
+        """By class."""
 
     @property
     def running(self) -> int:
@@ -279,6 +284,8 @@ class Streams:
             count = max(0, len(sample.ids) - before)
             tokens = tokens[: 4 * count]
             logprobs = logprobs[:count] if logprobs is not None else None
+        if count:
+            self._measure(stream, sample, count, now)
         stream.account.generated(count, now)
         stream.counted += count
         if stream.turn is not None:
@@ -289,6 +296,15 @@ class Streams:
         if logprobs is not None:
             event["logprobs"] = logprobs
         stream.emit("chunk", event)
+
+    def _measure(self, stream: Stream, sample: Sample, count: int, now: float) -> None:
+        assert stream.standing is not None
+        measures = self.measures[stream.standing.klass]
+        if sample.at:
+            measures.between_tokens.add((now - sample.at) / count, count)
+        elif not stream.counted:
+            measures.first_token.add(now - stream.arrived)
+        sample.at = now
 
     def _ended(self, stream: Stream, ended: Ended) -> None:
         reason = ended.reason
@@ -302,6 +318,9 @@ class Streams:
     def _closed(self, stream: Stream, closed: Closed) -> None:
         stream.rid = -1
         stream.account.closed(closed, stream.counted, stream.waited_ms)
+        if stream.standing is not None:
+            waited_ms = stream.waited_ms + closed.queue_ms
+            self.measures[stream.standing.klass].queue.add(waited_ms / 1e3)
         if stream.over:
             self._release(stream)
         else:

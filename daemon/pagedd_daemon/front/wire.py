@@ -42,7 +42,7 @@ DATA_VERBS: Mapping[str, type[r.Request]] = {
 CONTROL_VERBS: Mapping[str, type[r.Request]] = {
     kind.verb: kind
     for kind in (
-        *(r.Cancel, r.Status, r.Stats, r.Ping),
+        *(r.Cancel, r.Status, r.Stats, r.Ping, r.Metrics),
         *(r.AppsList, r.AppsShow, r.AppsSet),
         r.Reload,
         r.Shutdown,

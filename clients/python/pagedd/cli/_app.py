@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Every command is a module of its own; importing them registers them.
-    from pagedd.cli import _act, _apps, _ask, _config, _pull, _serve, _service, _show  # noqa: F401
+    from pagedd.cli import _act, _apps, _ask, _config, _metrics, _pull, _serve, _service, _show  # noqa: F401
 
     try:
         status = commands.main(given, prog_name="pagedd", standalone_mode=False)
