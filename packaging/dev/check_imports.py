@@ -31,13 +31,15 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "kvpager": frozenset({"numpy"}),
     "pagedd_kernels": frozenset({"torch", "triton", "numpy"}),
     # The client must be light enough to be anybody's dependency.
-    "pagedd": frozenset({"zmq", "msgpack", "click", "rich", "psutil", "platformdirs"}),
+    "pagedd": frozenset(
+        {"zmq", "msgpack", "click", "rich", "psutil", "platformdirs", "huggingface_hub"}
+    ),
     "pagedd_http": frozenset({"pagedd", "zmq", "msgpack", "click", "rich", "psutil"}),
 }
 """Beyond the standard library and itself. A package that is not named may import anything but
 what the other rules forbid it."""
 
-COMMAND_LINE_ONLY = frozenset({"click", "rich", "psutil", "platformdirs"})
+COMMAND_LINE_ONLY = frozenset({"click", "rich", "psutil", "platformdirs", "huggingface_hub"})
 """What `import pagedd` itself must not cost: only modules of the command line may import these."""
 
 COMMAND_LINE = ("pagedd.cli", "pagedd.__main__")

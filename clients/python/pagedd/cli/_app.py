@@ -6,6 +6,8 @@ one line for people or one JSON document, and into an exit code of sysexits.h.
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -73,6 +75,12 @@ _ADVICE = {
 }
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+_MODULES = (
+    *("_act", "_apps", "_ask", "_completion", "_config", "_doctor", "_metrics", "_models"),
+    *("_plan", "_pull", "_serve", "_service", "_show", "_top"),
+)
 
 
 class CommandError(PageddError):
@@ -145,8 +153,9 @@ def reaches_daemon(command: _Command) -> _Command:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Every command is a module of its own; importing them registers them.
-    from pagedd.cli import _act, _apps, _ask, _config, _metrics, _pull, _serve, _service, _show  # noqa: F401
+    # Importing them registers their commands.
+    for name in _MODULES:
+        importlib.import_module(f"pagedd.cli.{name}")
 
     try:
         status = commands.main(given, prog_name="pagedd", standalone_mode=False)
@@ -160,9 +169,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (PageddError, click.ClickException) as error:
         sys.exit(_report(error, "--json" in given))
     except OSError as error:
-        failure = CommandError(str(error), code="E_IO", exit_code=EX_IOERR)
-        sys.exit(_report(failure, "--json" in given))
+        sys.exit(_report(_from_system(error), "--json" in given))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _from_system(error: OSError) -> CommandError:
+    """What the operating system refused, with what to do about it."""
+    if isinstance(error, PermissionError):
+        advice = "Run it as the owner, or give yourself the right."
+        return CommandError(str(error), code="E_PERMISSION", exit_code=EX_NOPERM, advice=advice)
+    advice = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Make room on that disk, then try again."
+    return CommandError(str(error), code="E_IO", exit_code=EX_IOERR, advice=advice)
 
 
 def exit_code_of(error: PageddError | click.ClickException) -> int:

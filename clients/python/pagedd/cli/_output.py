@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,3 +123,8 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
     """The known word that ``word`` may have been meant to be."""
     near = difflib.get_close_matches(word, known, n=1)
     return near[0] if near else None
+
+
+def stderr_is_terminal() -> bool:
+    """Whether a person looks at standard error."""
+    return sys.stderr.isatty()

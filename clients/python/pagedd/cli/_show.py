@@ -1,4 +1,4 @@
-"""Commands that show: status, ps, stats, models, version. None loads or wakes a model."""
+"""Commands that show: status, ps, stats, version. None loads or wakes a model."""
 
 from __future__ import annotations
 
@@ -92,31 +92,6 @@ def stats(json_: bool, host: str | None, timeout: float) -> None:
         out.print_json(counters)
         return
     click.echo(out.facts(out.flat(counters)))
-
-
-@commands.command()
-@reaches_daemon
-def models(json_: bool, host: str | None, timeout: float) -> None:
-    """The models the daemon finds."""
-    with pagedd.connect("pagedd-cli", host=host, timeout=timeout) as client:
-        found = client.models()
-    if json_:
-        out.print_json({"models": found})
-        return
-    rows = [
-        [
-            str(model["name"]),
-            out.size(model["size_bytes"]),
-            str(model["architecture"] or "-"),
-            str(model["quantization"] or "-"),
-            out.tokens(model["context_tokens"]),
-            "loaded" if model["loaded"] else "",
-        ]
-        for model in found
-    ]
-    click.echo(out.table(["NAME", "SIZE", "FAMILY", "QUANT", "CONTEXT", "STATE"], rows))
-    if not rows:
-        click.echo("There is none yet: 'pagedd pull' gets the default one.", err=True)
 
 
 @commands.command()
