@@ -293,3 +293,33 @@ def test_contradicting_or_oversize_grammars_are_refused(
     with pytest.raises(WireError) as caught:
         parse_data(message)
     assert (caught.value.code, caught.value.details["field"]) == (code, field)
+
+
+def test_a_constrained_sample_resumed_anywhere_ends_as_it_would_have_ended() -> None:
+    plain = GrammarBench()
+    plain.ask(1, "json_schema", SCHEMA, seed=4)
+    plain.run()
+    wanted = plain.outcomes[1].tokens[0]
+    bench = GrammarBench()
+    for at in range(1, len(wanted) + 1):
+        prompt = np.asarray([*prompt_of(1, 27), *wanted[:at]], dtype="<i4")
+        bench.engine.handle(
+            m.Submit(
+                rid=at,
+                app="app",
+                klass=1,
+                root=SALT,
+                prompt=prompt.tobytes(),
+                n=1,
+                sampling=sampling(temperature=1.0, seed=4),
+                stop=stopping(max_tokens=400, ignore_eos=False),
+                grammar_kind="json_schema",
+                grammar=SCHEMA,
+                generated=at,
+            )
+        )
+    bench.run()
+    for at in range(1, len(wanted) + 1):
+        outcome = bench.outcomes[at]
+        assert outcome.tokens[0] == wanted[at:], at
+        assert outcome.reasons == {0: "stop"}

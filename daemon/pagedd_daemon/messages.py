@@ -88,6 +88,7 @@ class Submit:
     root: bytes
     """Namespace salt, 32 bytes: the engine mixes in the model digest and the KV dtype."""
     prompt: bytes
+    """What was asked and then what was ``generated``, token ids."""
     n: int
     sampling: dict[str, Any]
     """Fields of `pagedd_daemon.params.SamplingParams`."""
@@ -100,6 +101,11 @@ class Submit:
     beams: dict[str, Any] = field(default_factory=dict)
     """Fields of `pagedd_daemon.params.BeamParams`: the ``n`` best texts of a search. Empty: ``n``
     samples."""
+    generated: int = 0
+    """Trailing tokens of the prompt that an engine before this one has drawn and reported: the
+    sample goes on behind them as if it had never stopped. Only where ``n`` is 1."""
+    index: int = 0
+    """Of the sample, where ``n`` is 1: each that goes on is a request of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +223,7 @@ class Closed:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    """By this engine; `Submit.generated` are not among them."""
     queue_ms: float
     prompt_ms: float
     generation_ms: float

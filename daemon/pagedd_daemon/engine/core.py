@@ -336,30 +336,37 @@ class Engine:
     # ------------------------------------------------------------------------------------ requests
 
     def _submit(self, message: m.Submit) -> None:
-        prompt = np.frombuffer(message.prompt, dtype="<i4").astype(np.int32)
+        known = np.frombuffer(message.prompt, dtype="<i4").astype(np.int32)
+        asked = len(known) - message.generated
         request = Request(
             rid=message.rid,
             app=message.app,
             klass=PriorityClass(message.klass),
             root=self._root(message.root),
-            prompt=prompt,
+            prompt=known[:asked],
+            resumed=known[asked:],
+            first_index=message.index,
             samples=1 if message.beams else message.n,
             sampling=SamplingParams(**message.sampling),
             stop=StopParams(
                 **{**message.stop, "stop_token_ids": tuple(message.stop["stop_token_ids"])}
             ),
             submitted_s=self._clock(),
-            open_samples=set(range(message.n)),
+            open_samples=set(range(message.index, message.index + message.n)),
             constrained=bool(message.grammar_kind),
         )
         self._requests[request.rid] = request
         self._live[request.app] += 1
-        if len(prompt) >= self._caps.context_tokens:
+        context = self._caps.context_tokens
+        if message.generated and (over := _over(request, context)):
+            self._end_sample(request, message.index, over)
+            return
+        if asked >= context:
             self._reject(
                 request,
                 "E_TOO_LONG",
-                f"the prompt has {len(prompt)} tokens, the context {self._caps.context_tokens}",
-                {"prompt_tokens": len(prompt), "context_tokens": self._caps.context_tokens},
+                f"the prompt has {asked} tokens, the context {context}",
+                {"prompt_tokens": asked, "context_tokens": context},
             )
             return
         if message.beams:
@@ -388,8 +395,13 @@ class Engine:
                 continue  # cancelled meanwhile
             if isinstance(made, GrammarError):
                 self._reject(request, "E_GRAMMAR", str(made), {})
+                continue
+            for token in request.resumed.tolist():
+                made.accept(token)
+            request.matcher = made
+            if made.complete:
+                self._end_sample(request, request.first_index, "stop")
             else:
-                request.matcher = made
                 self._scheduler.add(request)
 
     def _root(self, salt: bytes) -> bytes:
@@ -409,7 +421,7 @@ class Engine:
         sequence = request.sequences.pop(index, None)
         if sequence is not None:
             generated = sequence.generated if keep is None else min(keep, sequence.generated)
-            request.generated_tokens += generated
+            request.generated_tokens += max(0, generated - len(request.resumed))
             self._scheduler.end(sequence, keep_tokens=len(request.prompt) + generated)
         request.open_samples.discard(index)
         self._outbox.ended(m.Ended(request.rid, index, reason))
@@ -488,6 +500,15 @@ class Engine:
         """Say what there is to say, ``everything`` or what is due."""
         if everything or self._outbox.due(self._clock(), self._step_s):
             self._outbox.say(say, self._steps)
+
+
+def _over(request: Request, context_tokens: int) -> str:
+    """Why a resumed sample has nothing more to draw: its engine died before it could say so."""
+    if len(request.resumed) >= request.stop.max_tokens:
+        return "length"
+    if request.prompt_tokens + len(request.resumed) >= context_tokens:
+        return "context"
+    return ""
 
 
 def _closed(request: Request) -> m.Closed:

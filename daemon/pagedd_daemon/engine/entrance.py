@@ -125,11 +125,11 @@ class Entrance:
 
     def _try_admit(self, request: Request, now: float) -> Deferred | None:
         """Admit one request, or say what is in its way."""
-        seq = self._residents.take_id()
+        seq, known = self._residents.take_id(), request.known
         verdicts = self._residents.pool.handle(
             Admit(
                 seq,
-                request.prompt,
+                known,
                 request.root,
                 klass=request.klass,
                 width=request.width,
@@ -148,18 +148,22 @@ class Entrance:
         sampler = Sampler(
             request.sampling,
             request.stop,
-            index=0,
+            index=request.first_index,
             prompt=request.prompt,
             vocab_size=self._caps.vocab_size,
             eog_tokens=self._caps.eog_tokens,
             matcher=request.matcher,
+            resumed=request.resumed,
         )
-        sequence = Sequence(seq, request, 0, sampler, token_buffer(request, request.prompt))
+        buffer = token_buffer(request, known)
+        sequence = Sequence(seq, request, request.first_index, sampler, buffer)
         self._residents.sequences[seq] = sequence
         self._residents.settle(verdicts)
         request.started_s = now
-        request.cached_tokens = sequence.charged = sequence.computed
-        request.sequences[0] = sequence
+        request.cached_tokens = min(sequence.computed, request.prompt_tokens)
+        # What an engine before this one has computed was paid for.
+        sequence.charged = len(known) if len(request.resumed) else sequence.computed
+        request.sequences[sequence.index] = sequence
         self.started.append(request)
         return None
 

@@ -140,8 +140,9 @@ class Sampler:
         vocab_size: int,
         eog_tokens: frozenset[int],
         matcher: Matcher | None = None,
+        resumed: Tokens | tuple[()] = (),
     ) -> None:
-        """A sampler that has generated nothing yet.
+        """A sampler that has generated nothing yet, or what another one has.
 
         Args:
             params: How to draw.
@@ -150,12 +151,15 @@ class Sampler:
             prompt: Token ids, int32, shape ``(n,)``; only the repetition penalty looks at them.
             vocab_size: Logits per row.
             eog_tokens: The model's end-of-generation ids.
-            matcher: Where its text stands in the grammar it must match; taken over.
+            matcher: Where its text stands in the grammar it must match, behind ``resumed``; taken
+                over.
+            resumed: What was generated before, int32, shape ``(n,)``: it goes on as the sampler
+                would that has drawn these.
         """
         self.params = params
         self.stop = stop
         self.vocab_size = vocab_size
-        self.generated = 0
+        self.generated = len(resumed)
         self._matcher = matcher
         self._key = _mix(_mix(params.seed & _MASK64) ^ index)
         self._reach = _FIRST_REACH
@@ -173,6 +177,8 @@ class Sampler:
         if repeats or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             seen = np.unique(prompt).astype(np.int64) if repeats else np.zeros(0, np.int64)
             self._history = _History(seen)
+            for token in resumed:
+                self._history.add(int(token))
         self._plain = not bias and self._history is None and matcher is None
         self._greedy = params.temperature <= 0.0 and self._plain
 

@@ -69,11 +69,16 @@ class Request:
     klass: PriorityClass
     root: bytes
     prompt: Tokens
+    """What was asked, shape ``(n,)``."""
     samples: int
     sampling: SamplingParams
     stop: StopParams
     submitted_s: float
     """Monotonic, like every other ``_s`` here."""
+    resumed: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
+    """What an engine before this one has drawn for its only sample (`Submit.generated`)."""
+    first_index: int = 0
+    """Index of its first sample."""
     constrained: bool = False
     """Its output must match a grammar."""
     matcher: Matcher | None = None
@@ -107,6 +112,11 @@ class Request:
     def width(self) -> int:
         """Sequences it becomes once its prompt is computed."""
         return self.samples if self.beams is None else self.beams.search.width
+
+    @property
+    def known(self) -> Tokens:
+        """All tokens it begins with: what was asked, and what was drawn before."""
+        return np.concatenate((self.prompt, self.resumed)) if len(self.resumed) else self.prompt
 
 
 @dataclass(slots=True, eq=False)
