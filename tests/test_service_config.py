@@ -157,3 +157,13 @@ def test_lines_of_keys_are_found_in_every_way_to_write_them() -> None:
 def test_more_ram_than_the_machine_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ram_gb is 1e\+06, and this machine has"):
         Settings(tmp_path, ram_bytes=10**15)
+
+
+def test_the_disk_tier_has_a_size_and_a_folder_and_none_by_default() -> None:
+    config = parse('[disk]\nbudget_gb = 1.5\npath = "/srv/kv"\n', "config.toml")
+    settings = config.as_settings()
+    assert (settings["disk_bytes"], settings["disk_folder"]) == (1_500_000_000, Path("/srv/kv"))
+    assert ConfigFile().as_settings()["disk_bytes"] == 0
+    for wrong in ("budget_gb = -1", 'path = "relative"', "budget_gb = nan"):
+        with pytest.raises(ConfigError, match=r"config.toml:2 disk\."):
+            parse(f"[disk]\n{wrong}\n", "config.toml")

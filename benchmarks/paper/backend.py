@@ -110,6 +110,10 @@ class TimingBackend:
         """See `Backend`; none."""
         return []
 
+    def troubles(self) -> list[str]:
+        """See `Backend`; none."""
+        return []
+
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""
         ended, self._ended = self._ended, []

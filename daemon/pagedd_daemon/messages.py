@@ -37,6 +37,10 @@ class Configure:
     ram_fd: int = -1
     """The memory file that the engine has inherited for it (`pagedd_daemon.memory_file`); -1: none,
     and the tier is gone with the engine."""
+    disk_bytes: int = 0
+    """Budget of the disk tier; 0: there is none."""
+    disk_folder: str = ""
+    """Where its file lies."""
     kv_dtype: str = "f16"
     """llama.cpp only; torch keeps KV in the type it computes in."""
     flash_attention: bool = True

@@ -62,6 +62,8 @@ class Capabilities:
     launch a second step, which may name tokens of the first as `PENDING`."""
     keep_cached_on_gpu: bool
     """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
+    disk_blocks: int = 0
+    """Pages the disk tier has room for."""
     constrains: bool = False
     """Whether its draws keep to the grammars of samplers (`pagedd_daemon.engine.grammar`)."""
     notice: str = ""
@@ -165,8 +167,9 @@ class Backend(Protocol):
     def apply(self, instructions: Iterable[Instruction]) -> None:
         """Carry out, in order, those of the pager's instructions that concern memory.
 
-        `Attach`, `CopyBlock`, `Store`, `Load`, `Trim` and `Release`, and `Grown` and `Shrunk` where
-        memory can be given back to the system while the backend lives; verdicts are ignored.
+        `Attach`, `CopyBlock`, `Store`, `Load`, `Spill`, `Trim` and `Release`, and `Grown` and
+        `Shrunk` where memory can be given back to the system while the backend lives; verdicts are
+        ignored.
         """
         ...
 
@@ -209,6 +212,10 @@ class Backend(Protocol):
 
     def counters(self) -> dict[str, int]:
         """Further figures for ``stats``, by name; counted since it was loaded."""
+        ...
+
+    def troubles(self) -> list[str]:
+        """What does not work, or not as it was configured, now: sentences for people."""
         ...
 
     def close(self) -> None:

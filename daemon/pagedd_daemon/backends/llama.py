@@ -31,7 +31,6 @@ from kvpager.types import (
     Release,
     Spill,
     Store,
-    Tier,
     Trim,
 )
 from pagedd_daemon.backends import llama_api as api
@@ -46,9 +45,11 @@ from pagedd_daemon.backends.base import (
     StepResult,
     TransferResult,
 )
-from pagedd_daemon.backends.extents import EXTENT_PAGES, Extent, Extents, Span
 from pagedd_daemon.backends.holders import Holders
+from pagedd_daemon.backends.llama_pages import LlamaPages
 from pagedd_daemon.engine.sampler import Drawn, draw
+from pagedd_daemon.engine.tiers.extents import EXTENT_PAGES, Extents
+from pagedd_daemon.engine.tiers.opening import Disk, DiskWishes, open_disk
 from pagedd_daemon.engine.tiers.ram import RamStore
 from pagedd_daemon.engine.tiers.records import bind
 from pagedd_daemon.messages import Configure
@@ -59,13 +60,10 @@ STEP_TOKENS = 512
 of 64, at 222 in chunks of 512 (SmolLM2-135M Q4_1, one thread of a shared 2-core machine)."""
 TEMPORARY_IDS = 4
 """Sequence ids kept back for saving, restoring and packing."""
-_SAVE, _PACK = api.SEQUENCE_IDS - 1, api.SEQUENCE_IDS - 2
 _CONTEXTS = 4
 """Sequences of full length that the first tier has room for, unless memory is short."""
 _MEMORY_SHARE = 0.25
 """Of the memory that is available, what the first tier may take by itself."""
-_STATE_OVERHEAD = 1 << 20
-"""Bytes of a saved extent beside its keys and values, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +84,7 @@ class LlamaBackend:
         caps: Capabilities,
         ram: RamStore,
         ram_bytes: int,
+        disk: Disk,
     ) -> None:
         """Use `load`."""
         self._model = model
@@ -94,12 +93,20 @@ class LlamaBackend:
         self._free_ids = list(range(api.SEQUENCE_IDS - TEMPORARY_IDS - 1, -1, -1))
         self._ids: dict[int, int] = {}
         self._holders = Holders(caps.block_tokens)
-        self._extents = Extents(ram, ram_bytes)
         window = model.window_tokens
-        # Saving leaves out cells that the saved id's own window masks, so an extent must fit in it.
-        self._extent_pages = max(1, min(EXTENT_PAGES, window // BLOCK_TOKENS or EXTENT_PAGES))
-        self._page_bytes = caps.block_bytes
-        self._ended: list[TransferResult] = []
+        self._pages = LlamaPages(
+            context,
+            ram,
+            ram_bytes,
+            disk,
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=caps.block_bytes,
+            # Saving leaves out cells that the saved id's own window masks: extents must fit in it.
+            extent_pages=max(1, min(EXTENT_PAGES, window // BLOCK_TOKENS or EXTENT_PAGES)),
+            source=self._ids.get,
+            landed=self._landed,
+            target=self._id,
+        )
         self._closed = False
 
     @classmethod
@@ -172,6 +179,8 @@ class LlamaBackend:
             details = {**figures, "messages": list(api.messages().recent)}
             raise ModelLoadError(str(error), details) from error
         block_bytes = BLOCK_TOKENS * token_bytes
+        binding = _binding(configure, block_bytes)
+        disk = open_disk(DiskWishes.of(configure), binding, block_bytes, pieces=True)
         caps = Capabilities(
             name="llama.cpp",
             device=f"CPU ({threads} thread{'s' if threads > 1 else ''})",
@@ -182,6 +191,7 @@ class LlamaBackend:
             eog_tokens=model.eog_tokens(),
             gpu_blocks=blocks,
             ram_blocks=Extents.slots_for(configure.ram_bytes, block_bytes),
+            disk_blocks=disk.slots,
             block_tokens=BLOCK_TOKENS,
             block_bytes=block_bytes,
             max_sequences=api.SEQUENCE_IDS - TEMPORARY_IDS,
@@ -191,9 +201,8 @@ class LlamaBackend:
             constrains=True,
             notice=notice,
         )
-        binding = _binding(caps, options)
         ram = RamStore(configure.ram_fd, configure.ram_bytes, binding, caps.ram_blocks)
-        return cls(model, context, caps, ram, configure.ram_bytes)
+        return cls(model, context, caps, ram, configure.ram_bytes, disk)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -210,13 +219,15 @@ class LlamaBackend:
                     self._attach(instruction)
                 case CopyBlock(seq=seq, index=index, dst=dst):
                     self._holders.put(seq, index, (dst,), self._holders.length(seq))
-                case Store() | Load():
-                    self._transfer(instruction)
+                case Store() | Load() | Spill():
+                    self._pages.begin(instruction)
                 case Trim(seq=seq, length=length):
+                    self._pages.trimmed(seq, length)
                     if seq in self._ids:
                         self._context.remove(self._ids[seq], length)
                         self._holders.trim(seq, length)
                 case Release(seq=seq):
+                    self._pages.trimmed(seq, 0)
                     if seq in self._ids:
                         identity = self._ids.pop(seq)
                         self._context.remove(identity)
@@ -240,117 +251,42 @@ class LlamaBackend:
             self._context.share(self._ids[holder], mine, start, stop)
         self._holders.put(a.seq, a.first, a.blocks, end)
 
-    def _transfer(self, transfer: Store | Load) -> None:
-        begin = time.perf_counter()
-        ok = self._store(transfer) if isinstance(transfer, Store) else self._load(transfer)
-        seconds = time.perf_counter() - begin
-        self._ended.append(TransferResult(transfer.transfer, ok, seconds))
-
-    def _store(self, store: Store) -> bool:
-        assert store.tier is Tier.RAM
-        source = self._ids.get(store.seq)
-        if source is None:
-            return False
-        for group in _neighbours(store.pages, self._extent_pages):
-            spans = {page.slot: _span(page) for page in group}
-            start, end = _span(group[0])[0], _span(group[-1])[1]
-            self._context.share(source, _SAVE, start, end)
-            saved = self._save(_SAVE, start, end, end - start)
-            if saved is None:
-                return False
-            self._extents.put(saved, spans)
-        while (extent := self._extents.wasteful()) is not None:
-            self._pack(extent)
-        return True
-
-    def _save(self, identity: int, start: int, end: int, tokens: int) -> Extent | None:
-        """Save a temporary id, which must hold positions start to end - 1, and empty it."""
-        whole = self._context.held(identity) == (start, end - 1)
-        most = -(-tokens // BLOCK_TOKENS) * self._page_bytes + _STATE_OVERHEAD
-        room = self._extents.room(most) if whole else None
-        size = 0
-        if room is not None:
-            size = self._context.save(identity, room[1])
-            self._extents.give(room[0], most, keep=size)
-        self._context.remove(identity)
-        return Extent(room[0], size, tokens) if room is not None and size else None
-
-    def _pack(self, extent: Extent) -> None:
-        """Save again what slots stand for of an extent, and let go of the rest."""
-        spans = sorted(extent.slots.values())
-        packed = None
-        if self._context.restore(_SAVE, self._extents.data(extent)):
-            for start, end in spans:
-                self._context.share(_SAVE, _PACK, start, end)
-            tokens = sum(end - start for start, end in spans)
-            packed = self._save(_PACK, spans[0][0], spans[-1][1], tokens)
-        self._context.remove(_SAVE)
-        assert packed is not None, "an extent that was saved cannot be restored"
-        self._extents.replace(extent, packed)
-
-    def _load(self, load: Load) -> bool:
-        assert load.tier is Tier.RAM
-        mine = self._id(load.seq)
-        ok = all(self._restore(group, mine) for group in self._by_extent(load.pages))
-        if not ok:
-            for page in load.pages:
-                self._context.remove(mine, *_span(page))
-            self._extents.drop([page.slot for page in load.pages])
-            return False
-        for page in load.pages:
-            self._holders.put(load.seq, page.index, (page.block,), _span(page)[1])
-        return True
-
-    def _by_extent(self, pages: Iterable[Page]) -> list[list[Page]]:
-        """Pages that one restore brings back, together."""
-        groups: dict[int, list[Page]] = {}
+    def _landed(self, seq: int, pages: Sequence[Page]) -> None:
         for page in pages:
-            groups.setdefault(id(self._extents.at(page.slot)), []).append(page)
-        return list(groups.values())
-
-    def _restore(self, pages: list[Page], target: int) -> bool:
-        """Bring pages of one extent back into ``target``."""
-        extent = self._extents.at(pages[0].slot)
-        if extent is None or any(not _within(_span(p), extent.slots[p.slot]) for p in pages):
-            return False
-        ok = self._context.restore(_SAVE, self._extents.data(extent))
-        if ok:
-            for start, end in _join(sorted(_span(page) for page in pages)):
-                self._context.share(_SAVE, target, start, end)
-        self._context.remove(_SAVE)
-        return ok
+            end = page.index * BLOCK_TOKENS + page.tokens
+            self._holders.put(seq, page.index, (page.block,), end)
 
     def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
         """See `Backend`."""
-        if isinstance(transfer, Store):
-            for page, name in zip(transfer.pages, names, strict=True):
-                if name is not None:
-                    self._extents.commit(page.slot, name)
+        self._pages.commit(transfer, names)
 
     def adoptable(self) -> list[Adopt]:
         """See `Backend`."""
-        return [Adopt(Tier.RAM, self._extents.named())]
+        return self._pages.adoptable()
 
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""
-        ended, self._ended = self._ended, []
-        return ended
+        return self._pages.poll()
+
+    def troubles(self) -> list[str]:
+        """See `Backend`."""
+        return self._pages.troubles()
 
     def memory(self) -> MemoryReport:
         """See `Backend`."""
         caps = self._caps
         pool = self._context.cells * caps.block_bytes // caps.block_tokens
-        return MemoryReport(self._model.size_bytes, pool, self._extents.bytes)
+        return MemoryReport(self._model.size_bytes, pool, self._pages.ram_bytes)
 
     def counters(self) -> dict[str, int]:
-        """See `Backend`; none."""
-        return {}
+        """See `Backend`."""
+        return self._pages.counters()
 
     def close(self) -> None:
         """See `Backend`."""
         if not self._closed:
             self._closed = True
-            self._extents.close()
+            self._pages.close()
             self._context.close()
             self._model.close()
 
@@ -413,16 +349,16 @@ class LlamaBackend:
         return StepResult(step.epoch, drawn, handle.seconds + time.perf_counter() - begin)
 
 
-def _binding(caps: Capabilities, options: api.ContextOptions) -> bytes:
+def _binding(configure: Configure, block_bytes: int) -> bytes:
     """What the bytes of an extent depend on. Flash attention wants values not transposed."""
     return bind(
-        caps.name,
+        "llama.cpp",
         api.VERSION,
-        caps.model_digest,
-        caps.kv_dtype,
-        caps.block_tokens,
-        caps.block_bytes,
-        options.flash_attention,
+        configure.model_digest,
+        configure.kv_dtype,
+        BLOCK_TOKENS,
+        block_bytes,
+        configure.flash_attention,
     )
 
 
@@ -437,35 +373,3 @@ def _choose_blocks(kv_tokens: int, context_tokens: int, token_bytes: int) -> int
         return kv_tokens // BLOCK_TOKENS
     affordable = int(psutil.virtual_memory().available * _MEMORY_SHARE) // token_bytes
     return min(_CONTEXTS * context_tokens, affordable) // BLOCK_TOKENS
-
-
-def _span(page: Page) -> Span:
-    start = page.index * BLOCK_TOKENS
-    return start, start + page.tokens
-
-
-def _within(inner: Span, outer: Span) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
-
-
-def _neighbours(pages: Iterable[Page], most: int) -> list[list[Page]]:
-    """Pages in runs without a gap between their tokens, of at most ``most`` pages."""
-    groups: list[list[Page]] = []
-    for page in sorted(pages, key=lambda p: p.index):
-        last = groups[-1] if groups else []
-        if last and len(last) < most and _span(last[-1])[1] == _span(page)[0]:
-            last.append(page)
-        else:
-            groups.append([page])
-    return groups
-
-
-def _join(spans: Iterable[Span]) -> list[Span]:
-    """Sorted spans, those that touch made one."""
-    joined: list[Span] = []
-    for start, end in spans:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined

@@ -38,7 +38,11 @@ from pagedd_daemon.backends.base import (
 )
 from pagedd_daemon.backends.chain import POISON, Oracle, chain, mix, noise
 from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
+from pagedd_daemon.engine.tiers.disk import Blob, DiskTier, Moved, filled
+from pagedd_daemon.engine.tiers.diskfile import READERS
+from pagedd_daemon.engine.tiers.opening import Disk, DiskWishes, open_disk
 from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.ranges import UNIT
 from pagedd_daemon.engine.tiers.records import Record, bind
 from pagedd_daemon.messages import Configure
 
@@ -95,6 +99,10 @@ def wait_until(moment: float) -> None:
         pass
 
 
+def _of_disk(transfer: Store | Load | Spill) -> bool:
+    return isinstance(transfer, Spill) or transfer.tier is Tier.DISK
+
+
 class SimulatedBackend:
     """See the module. Implements `pagedd_daemon.backends.base.Backend`."""
 
@@ -106,6 +114,7 @@ class SimulatedBackend:
         token_s: float = 0.0,
         page_s: float = 0.0,
         ram_fd: int = -1,
+        disk: Disk | None = None,
         faults: Faults | None = None,
         verify: bool = False,
         clock: Callable[[], float] = time.perf_counter,
@@ -120,6 +129,7 @@ class SimulatedBackend:
             token_s: Seconds for each input token of a step.
             page_s: Seconds that each page of a transfer is said to take; nobody waits for it.
             ram_fd: The memory file of the RAM tier; -1: one of its own.
+            disk: The disk tier; its ``slots`` are those of ``capabilities``.
             faults: What goes wrong.
             verify: Check every cell of every block table at every step (slow).
             clock: Seconds, monotonic.
@@ -146,7 +156,9 @@ class SimulatedBackend:
         rubbish, and nothing of it is used."""
         self._steps = 0
         self._transfers = 0
-        self._pending: deque[tuple[Store | Load, int, int]] = deque()
+        self._pending: deque[tuple[Store | Load | Spill, int, int]] = deque()
+        self._disk = disk or Disk()
+        self._on_disk: dict[int, Store | Load | Spill] = {}
         self._polls = 0
         self._busy_until = 0.0
         """When the device has done all that was launched."""
@@ -163,6 +175,7 @@ class SimulatedBackend:
         faults: Faults | None = None,
         verify: bool = False,
         keep_cached_on_gpu: bool = True,
+        readers: int = READERS,
     ) -> SimulatedBackend:
         """The backend that ``configure`` asks for.
 
@@ -176,16 +189,20 @@ class SimulatedBackend:
                 {"kv_tokens": configure.kv_tokens, "least": 2 * BLOCK_TOKENS},
             )
         context = configure.context_tokens or DEFAULT_CONTEXT
+        digest = configure.model_digest or hashlib.sha256(b"simulated").digest()
+        binding = bind("simulated", digest, BLOCK_TOKENS)
+        disk = open_disk(DiskWishes.of(configure), binding, UNIT, pieces=False, readers=readers)
         capabilities = Capabilities(
             name="simulated",
             device="simulated",
-            model_digest=configure.model_digest or hashlib.sha256(b"simulated").digest(),
+            model_digest=digest,
             kv_dtype="u64",
             vocab_size=configure.vocab_size or DEFAULT_VOCAB,
             context_tokens=min(context, (blocks - 1) * BLOCK_TOKENS),
             eog_tokens=frozenset(configure.eog_tokens),
             gpu_blocks=blocks,
             ram_blocks=configure.ram_bytes // (BLOCK_TOKENS * BYTES_PER_TOKEN),
+            disk_blocks=disk.slots,
             block_tokens=BLOCK_TOKENS,
             block_bytes=BLOCK_TOKENS * BYTES_PER_TOKEN,
             max_sequences=0,
@@ -199,6 +216,7 @@ class SimulatedBackend:
             step_s=configure.simulated_step_us * 1e-6,
             token_s=configure.simulated_token_us * 1e-6,
             ram_fd=configure.ram_fd,
+            disk=disk,
             faults=faults,
             verify=verify,
         )
@@ -217,8 +235,7 @@ class SimulatedBackend:
                 case CopyBlock(src=src, dst=dst, tokens=tokens):
                     self._cells[dst] = POISON
                     self._cells[dst, :tokens] = self._cells[src, :tokens]
-                case Store() | Load():
-                    assert instruction.tier is Tier.RAM
+                case Store() | Load() | Spill():
                     ready = self._polls + self.faults.delay_polls
                     self._pending.append((instruction, self._transfers, ready))
                     self._transfers += 1
@@ -230,19 +247,53 @@ class SimulatedBackend:
 
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`. Here is where the copies happen."""
-        ended = []
+        ended: list[TransferResult] = []
         while self._pending and self._pending[0][2] <= self._polls:
             transfer, number, _ = self._pending.popleft()
             ok = number not in self.faults.transfers
+            if self._disk.tier is not None and ok and _of_disk(transfer):
+                self._ask_disk(self._disk.tier, transfer)
+                continue
             self._copy(transfer, ok)
             seconds = self._page_s * len(transfer.pages)
             ended.append(TransferResult(transfer.transfer, ok, seconds))
+        if self._disk.tier is not None:
+            ended += [self._moved(moved) for moved in self._disk.tier.poll()]
         self._polls += 1
         return ended
 
-    def _copy(self, transfer: Store | Load, ok: bool) -> None:
-        for page in transfer.pages:
+    def _ask_disk(self, tier: DiskTier, transfer: Store | Load | Spill) -> None:
+        self._on_disk[transfer.transfer] = transfer
+        if isinstance(transfer, Load):
+            tier.get(transfer.transfer, (page.slot for page in transfer.pages))
+            return
+        if isinstance(transfer, Store):
+            pages = [(self._cells[page.block], page.slot, page.tokens) for page in transfer.pages]
+        else:
+            pages = [(self._ram[move.source], move.target, move.tokens) for move in transfer.pages]
+        blobs = [Blob(cells.view(np.uint8).copy(), {slot: (0, n)}, n) for cells, slot, n in pages]
+        tier.put(transfer.transfer, blobs)
+
+    def _moved(self, moved: Moved) -> TransferResult:
+        """The disk has done its part."""
+        transfer = self._on_disk.pop(moved.transfer)
+        if isinstance(transfer, Load):
+            assert self._disk.tier is not None
+            data = {id(extent): data for extent, data in moved.read}
+            for page in transfer.pages:
+                self._cells[page.block] = POISON
+                if moved.ok:
+                    n, cells = page.tokens, data[id(self._disk.tier.at(page.slot))]
+                    self._cells[page.block, :n] = cells.view(np.uint64)[:n]
+        return TransferResult(moved.transfer, moved.ok, self._page_s * len(transfer.pages))
+
+    def _copy(self, transfer: Store | Load | Spill, ok: bool) -> None:
+        if isinstance(transfer, Spill) or transfer.tier is Tier.DISK:
+            ok = False  # there is none
+        for page in () if isinstance(transfer, Spill) else transfer.pages:
             n = page.tokens
+            if isinstance(transfer, Store) and transfer.tier is Tier.DISK:
+                continue
             if isinstance(transfer, Store):
                 self._store.clear((page.slot,))
                 self._ram[page.slot] = POISON
@@ -256,7 +307,11 @@ class SimulatedBackend:
 
     def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
         """See `Backend`."""
-        if isinstance(transfer, Store):
+        if _of_disk(transfer):
+            for slot, name in zip(filled(transfer), names, strict=True):
+                if name is not None and self._disk.tier is not None:
+                    self._disk.tier.commit(slot, name)
+        elif isinstance(transfer, Store):
             for page, name in zip(transfer.pages, names, strict=True):
                 if name is not None:
                     size = self._page_bytes
@@ -265,7 +320,14 @@ class SimulatedBackend:
 
     def adoptable(self) -> list[Adopt]:
         """See `Backend`."""
-        return [Adopt(Tier.RAM, self._found)]
+        found = [Adopt(Tier.RAM, self._found)]
+        if self._disk.tier is not None:
+            found.append(self._disk.tier.adoptable())
+        return found
+
+    def troubles(self) -> list[str]:
+        """See `Backend`."""
+        return self._disk.troubles()
 
     def memory(self) -> MemoryReport:
         """See `Backend`; what a model with `BYTES_PER_TOKEN` would take."""
@@ -273,8 +335,8 @@ class SimulatedBackend:
         return MemoryReport(0, self._caps.gpu_blocks * size, len(self._stored) * size)
 
     def counters(self) -> dict[str, int]:
-        """See `Backend`; none."""
-        return {}
+        """See `Backend`."""
+        return self._disk.counters()
 
     def close(self) -> None:
         """See `Backend`."""
@@ -282,6 +344,7 @@ class SimulatedBackend:
         self._stored.clear()
         self._ram = np.empty((0, self._caps.block_tokens), np.uint64)
         self._store.close()
+        self._disk.close()
 
     # ----------------------------------------------------------------------------------------- step
 

@@ -14,6 +14,7 @@ Keys::
                share: of all that was charged in the last ten seconds, 0 to 1}
     pager      {stored_pages, loaded_pages, copied_blocks, preemptions_swap, preemptions_recompute}
     memory     {weights, kv_pool, ram_tier}, bytes
+    troubles   sentences for people: what does not work as it was configured
     backend    what the backend counts (`Backend.counters`)
 """
 
@@ -90,6 +91,7 @@ def snapshot(
         },
         "memory": asdict(memory),
         "backend": backend.counters(),
+        "troubles": backend.troubles(),
     }
 
 

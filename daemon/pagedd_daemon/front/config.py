@@ -55,6 +55,11 @@ class Settings:
     ram_bytes: int = field(default_factory=quarter_of_memory)
     """Bytes the RAM tier of KV may take. A quarter of the memory by default: the desktop, the
     weights and the page cache that holds them need the rest."""
+    disk_bytes: int = 0
+    """Bytes of the disk tier's file; 0: there is none. They are allocated when a model is loaded,
+    so nobody's disk is filled unasked."""
+    disk_folder: Path | None = None
+    """Where that file lies; None: `pagedd`'s folder for caches."""
     threads: int = 0
     """CPU threads that compute where no GPU does; 0: the number of physical cores."""
     context_tokens: int = 0
@@ -94,6 +99,7 @@ class Settings:
         for name in (
             "kv_tokens",
             "ram_bytes",
+            "disk_bytes",
             "threads",
             "context_tokens",
             "simulated_step_us",

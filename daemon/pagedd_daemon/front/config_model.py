@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -159,13 +160,35 @@ class ServeSettings(Table):
         }
 
 
+class DiskSettings(Table):
+    """``[disk]``: the tier behind RAM. What does not fit there goes to a file and not away."""
+
+    budget_gb: Annotated[
+        Annotated[float, Field(ge=0)], About("GB", "next load", "number, 0 or more")
+    ] = 0.0
+    """Size of the file, allocated when a model is loaded. 0: there is none. Where the disk has less
+    room, the file is smaller, and `pagedd status` says so."""
+    path: Annotated[
+        Annotated[str, Field(pattern="^/")] | None,
+        About("", "next load", "absolute path", "the folder for caches"),
+    ] = None
+    """The folder of the file. It has no name there, and is gone with the engine."""
+
+    def as_settings(self) -> dict[str, Any]:
+        """Fields of `pagedd_daemon.front.config.Settings`."""
+        folder = None if self.path is None else Path(self.path)
+        return {"disk_bytes": int(self.budget_gb * 10**9), "disk_folder": folder}
+
+
 FIELDS: Mapping[str, str] = {
     "ram_gb": "ram_bytes",
     "context": "context_tokens",
     "keep_alive": "keep_alive_s",
     "drain": "drain_s",
+    "budget_gb": "disk_bytes",
+    "path": "disk_folder",
 }
-"""Keys of ``[serve]`` that have another name as a field of `Settings`."""
+"""Keys of ``[serve]`` and ``[disk]`` that have another name as a field of `Settings`."""
 
 AppName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
@@ -174,8 +197,13 @@ class ConfigFile(Table):
     """The whole file."""
 
     serve: ServeSettings = Field(default_factory=ServeSettings)
+    disk: DiskSettings = Field(default_factory=DiskSettings)
     unknown: UnknownApps = Field(default_factory=lambda: UnknownApps.model_validate({}))
     apps: dict[AppName, AppSettings] = Field(default_factory=dict)
+
+    def as_settings(self) -> dict[str, Any]:
+        """Fields of `pagedd_daemon.front.config.Settings`."""
+        return self.serve.as_settings() | self.disk.as_settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +211,7 @@ class Setting:
     """One setting, for those who show it."""
 
     table: str
-    """``serve``, ``unknown`` or ``apps.NAME``."""
+    """``serve``, ``disk``, ``unknown`` or ``apps.NAME``."""
     key: str
     type: str
     unit: str
@@ -194,6 +222,7 @@ class Setting:
 
 TABLES: Mapping[str, type[Table]] = {
     "serve": ServeSettings,
+    "disk": DiskSettings,
     "unknown": UnknownApps,
     "apps.NAME": AppSettings,
 }

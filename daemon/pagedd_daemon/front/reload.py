@@ -44,16 +44,16 @@ def reread(old: Settings, config: ConfigFile) -> Changes:
     if old.config_file is None:
         raise ConfigError("the daemon runs without a configuration file")
     new = load(old.config_file)
-    values = new.serve.as_settings()
+    values = new.as_settings()
     changed: dict[Holds, list[str]] = {"at once": [], "next load": [], "restart": []}
     replaced: dict[str, Any] = {}
     for setting in settings():
-        if setting.table != "serve":
+        if setting.table not in ("serve", "disk"):
             continue
         field = FIELDS.get(setting.key, setting.key)
         if field in old.pinned or values[field] == getattr(old, field):
             continue
-        changed[setting.holds].append(f"serve.{setting.key}")
+        changed[setting.holds].append(f"{setting.table}.{setting.key}")
         if setting.holds != "restart":
             replaced[field] = values[field]
     changed["at once"] += _changed_apps(config, new)

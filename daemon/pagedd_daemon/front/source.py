@@ -7,6 +7,8 @@ import os
 from array import array
 from collections.abc import Sequence
 
+from platformdirs import user_cache_dir
+
 from pagedd_daemon.front.config import Settings, gpu_usable
 from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
 from pagedd_daemon.front.engine_link import Engine, EngineListener, EngineProcess
@@ -135,6 +137,8 @@ class ModelSource:
             context_tokens=settings.context_tokens,
             kv_tokens=settings.kv_tokens,
             ram_bytes=settings.ram_bytes,
+            disk_bytes=settings.disk_bytes,
+            disk_folder=str(settings.disk_folder or user_cache_dir("pagedd")),
             ram_fd=-1 if self._ram is None else self._ram[0],
             threads=settings.threads,
             kv_dtype=settings.kv_dtype,

@@ -171,7 +171,8 @@ class Board:
         )
 
     def _degraded(self, model: Model | None) -> tuple[str | None, ...]:
-        return self.notice, model.ready.notice if model else None, self._models.trouble
+        said = model.ready.notice if model else None
+        return self.notice, said, self._models.trouble, *self.figures.get("troubles", ())
 
     def _uptime_s(self) -> float:
         return round(self._clock.time() - self._started, 3)

@@ -159,6 +159,7 @@ def _settings(path: Path) -> Iterator[dict[str, Any]]:
         lines = daemon.config_file.key_lines(path.read_text(encoding="utf-8"))
     tables: list[tuple[str, Keys, Any]] = [
         ("serve", ("serve",), loaded.serve),
+        ("disk", ("disk",), loaded.disk),
         ("unknown", ("unknown",), loaded.unknown),
         *(("apps.NAME", ("apps", name), app) for name, app in loaded.apps.items()),
     ]

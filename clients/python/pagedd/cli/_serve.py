@@ -127,7 +127,7 @@ def serve(
         if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     try:
-        values = daemon.config_file.load(path).serve.as_settings() | given
+        values = daemon.config_file.load(path).as_settings() | given
         settings = daemon.config.Settings(
             socket_dir=socket_dir or default_socket_dir(),
             config_file=path,

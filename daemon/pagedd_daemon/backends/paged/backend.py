@@ -49,6 +49,8 @@ from pagedd_daemon.backends.paged.staging import HostBuffer, fill
 from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.transfers import Transfers
 from pagedd_daemon.engine.sampler import Drawn
+from pagedd_daemon.engine.tiers.disk import filled
+from pagedd_daemon.engine.tiers.opening import Disk
 from pagedd_kernels import Sampled, copy_blocks, sample
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class PagedBackend:
         model: Model,
         arena: Arena,
         ram: RamTier,
+        disk: Disk,
         caps: Capabilities,
         runner: Runner,
         buckets: Buckets | None,
@@ -106,6 +109,7 @@ class PagedBackend:
         self._model = model
         self._arena = arena
         self._ram = ram
+        self._disk = disk
         self._caps = caps
         self._runner = runner
         self._limits = runner.limits
@@ -115,7 +119,7 @@ class PagedBackend:
         """What loading took, part by part."""
         device = model.device
         self._cuda = device.type == "cuda"
-        self._transfers = Transfers(arena.kv, ram, device)
+        self._transfers = Transfers(arena.kv, ram, device, disk.tier)
         self._counts = CountTable(caps.vocab_size, device)
         size = runner.limits.buffer_bytes()
         # One more than steps in flight, so that writing the next step never waits.
@@ -155,7 +159,7 @@ class PagedBackend:
                     if src in copies or copies.get(dst, src) != src:
                         self._copy_blocks(copies)
                     copies[dst] = src
-                case Store() | Load():
+                case Store() | Load() | Spill():
                     self._copy_blocks(copies)
                     self._transfers.submit(instruction)
                 case Grown(gpu_blocks=blocks):
@@ -193,14 +197,26 @@ class PagedBackend:
 
     def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
         """See `Backend`."""
-        if isinstance(transfer, Store):
+        disk = self._disk.tier
+        if isinstance(transfer, Store) and transfer.tier is Tier.RAM:
             for page, name in zip(transfer.pages, names, strict=True):
                 if name is not None:
                     self._ram.commit(page.slot, name, page.tokens)
+        elif disk is not None:
+            for slot, name in zip(filled(transfer), names, strict=True):
+                if name is not None:
+                    disk.commit(slot, name)
 
     def adoptable(self) -> list[Adopt]:
         """See `Backend`."""
-        return [Adopt(Tier.RAM, self._ram.found())]
+        found = [Adopt(Tier.RAM, self._ram.found())]
+        if self._disk.tier is not None:
+            found.append(self._disk.tier.adoptable())
+        return found
+
+    def troubles(self) -> list[str]:
+        """See `Backend`."""
+        return self._disk.troubles()
 
     def memory(self) -> MemoryReport:
         """See `Backend`."""
@@ -217,6 +233,7 @@ class PagedBackend:
             "late_compiles": self._compiled.count if self._compiled is not None else 0,
             "locked_ram_slabs": self._ram.locked_slabs,
             **self.load_report.counters(),
+            **self._disk.counters(),
         }
 
     def compiled_late(self) -> list[str]:
@@ -230,6 +247,7 @@ class PagedBackend:
             if self._cuda:
                 torch.cuda.synchronize()
             self._transfers.close()
+            self._disk.close()
             self._ram.close()
             self._runner.close()
             self._arena.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,9 @@ from pagedd_daemon.backends.paged.runner import Limits, Model, Runner
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.warmup import warm_up
+from pagedd_daemon.engine.tiers.opening import DiskWishes, open_disk
 from pagedd_daemon.engine.tiers.ram import RamStore
+from pagedd_daemon.engine.tiers.ranges import round_up
 from pagedd_daemon.engine.tiers.records import bind
 from pagedd_daemon.messages import Configure
 from pagedd_daemon.models.config import fits
@@ -71,6 +73,7 @@ class Wishes:
     ram_bytes: int = 0
     ram_fd: int = -1
     """The memory file of the RAM tier; -1: one of its own."""
+    disk: DiskWishes = field(default_factory=DiskWishes)
     context_tokens: int = 0
     """0: the model's."""
     model_digest: bytes = bytes(32)
@@ -104,6 +107,7 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
         kv_tokens=configure.kv_tokens,
         ram_bytes=configure.ram_bytes,
         ram_fd=configure.ram_fd,
+        disk=DiskWishes.of(configure),
         context_tokens=configure.context_tokens,
         model_digest=configure.model_digest,
         eog_tokens=frozenset(configure.eog_tokens),
@@ -186,7 +190,9 @@ def serve(model: Model, wishes: Wishes, report: LoadReport | None = None) -> Pag
     binding = bind(caps.name, caps.model_digest, caps.kv_dtype, *shape.tensor_shape(1))
     store = RamStore(wishes.ram_fd, wishes.ram_bytes, binding, caps.ram_blocks)
     ram = RamTier(store, caps.ram_blocks, page_values, shape.dtype, lock=cuda)
-    return PagedBackend(model, arena, ram, caps, runner, buckets, counter, report)
+    disk = open_disk(wishes.disk, binding, round_up(shape.block_bytes), pieces=False)
+    caps = replace(caps, disk_blocks=disk.slots)
+    return PagedBackend(model, arena, ram, disk, caps, runner, buckets, counter, report)
 
 
 def _buckets(step_tokens: int) -> Buckets:

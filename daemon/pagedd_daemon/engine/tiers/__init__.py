@@ -1,1 +1,1 @@
-"""Memory below the first tier: RAM that outlives the engine, and files."""
+"""Memory below the first tier: RAM that outlives the engine, and a file behind it."""

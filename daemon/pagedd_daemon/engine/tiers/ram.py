@@ -67,6 +67,15 @@ class RamStore:
         self.found: list[Record] = self._table.committed()
         """What an earlier engine left, oldest first."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of data there is room for."""
+        return len(self.data)
+
+    def part(self, offset: int, length: int) -> Bytes:
+        """Bytes of the data, a view."""
+        return self.data[offset : offset + length]
+
     def clear(self, slots: Iterable[int]) -> None:
         """What these slots hold is about to change, or is not to be trusted."""
         self._table.clear(slots)

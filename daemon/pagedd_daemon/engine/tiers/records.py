@@ -36,7 +36,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from kvpager.types import PageName
 
@@ -58,8 +58,14 @@ class TierFormatError(Exception):
     """A tier does not have room for what was to be kept in it."""
 
 
-Buffer: TypeAlias = "mmap.mmap | bytearray"
-"""Bytes that can be read and written in slices."""
+class Slices(Protocol):
+    """Bytes that can be read and written in slices with both ends."""
+
+    def __getitem__(self, where: slice, /) -> bytes: ...
+    def __setitem__(self, where: slice, data: bytes, /) -> None: ...
+
+
+Buffer: TypeAlias = "mmap.mmap | bytearray | Slices"
 
 
 @dataclass(frozen=True, slots=True)

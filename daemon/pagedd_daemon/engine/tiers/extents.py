@@ -6,17 +6,17 @@ and a page's slot points into it. An extent lives as long as a slot points into 
 pages that nobody wants any more. It is short for that reason, and whoever stores packs the emptiest
 extent again while `Extents.wasteful` names one.
 
-Extents lie in the memory of a `RamStore`, whose records say which page is where in which of them.
+Extents lie in the memory of a `RamStore` or in a `DiskFile`, whose records say which page is where
+in which of them. On disk they are never packed: an extent is gone when the last of its pages is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from kvpager.types import PageName
-from pagedd_daemon.engine.tiers.ram import Bytes, RamStore
 from pagedd_daemon.engine.tiers.ranges import Ranges, round_up
 from pagedd_daemon.engine.tiers.records import Record
 
@@ -37,6 +37,10 @@ class Extent:
     length: int
     tokens: int
     """Positions in it."""
+    crc: int = 0
+    """crc32 of its bytes, in a file."""
+    ready: bool = False
+    """Whether its bytes are there, in a file."""
     slots: dict[int, Span] = field(default_factory=dict)
     """Slots that point into it, with the positions they stand for."""
 
@@ -45,17 +49,47 @@ class Extent:
         return sum(end - start for start, end in self.slots.values()) / self.tokens
 
 
-class Extents:
-    """The RAM tier: slots of pages, backed by extents."""
+class Store(Protocol):
+    """Where extents lie."""
 
-    def __init__(self, store: RamStore, budget_bytes: int) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes there is room for."""
+        ...
+
+    @property
+    def found(self) -> list[Record]:
+        """What was there before, oldest first."""
+        ...
+
+    def clear(self, slots: Iterable[int]) -> None:
+        """What these slots hold is about to change."""
+        ...
+
+    def commit(self, record: Record) -> None:
+        """A page is there, all of it."""
+        ...
+
+    def forget(self, offset: int, length: int) -> None:
+        """Nobody uses a range any more."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class Extents:
+    """Slots of pages, backed by extents."""
+
+    def __init__(self, store: Store, budget_bytes: int) -> None:
         """Extents in ``store``, those that an earlier engine left included.
 
         Beyond ``budget_bytes`` in all, extents are to be packed.
         """
         self._store = store
         self._budget = budget_bytes
-        self._ranges = Ranges(len(store.data))
+        self._ranges = Ranges(store.size)
         self._of_slot: dict[int, Extent] = {}
         self._extents: set[Extent] = set()
         self._names: dict[int, PageName] = {}
@@ -67,15 +101,15 @@ class Extents:
 
     def _find(self, records: Iterable[Record]) -> None:
         """Take over what an earlier engine left."""
-        by_place: dict[tuple[int, int, int], Extent] = {}
+        by_place: dict[tuple[int, int, int, int], Extent] = {}
         for record in records:
-            place = (record.offset, record.length, record.whole)
+            place = (record.offset, record.length, record.whole, record.crc)
             extent = by_place.get(place)
             if extent is None:
                 if not record.whole or not self._ranges.reserve(record.offset, record.length):
                     self._store.clear((record.slot,))
                     continue
-                extent = by_place[place] = Extent(*place)
+                extent = by_place[place] = Extent(*place, ready=True)
                 self._extents.add(extent)
                 self.bytes += extent.length
             extent.slots[record.slot] = (record.start, record.start + record.tokens)
@@ -91,13 +125,10 @@ class Extents:
         """
         return budget_bytes * 7 // 8 // page_bytes
 
-    def room(self, size: int) -> tuple[int, Bytes] | None:
-        """Offset and memory for an extent of up to ``size`` bytes, to be filled and `put`, or given
-        back with `give`; None where no hole is large enough."""
-        offset = self._ranges.take(size)
-        if offset < 0:
-            return None
-        return offset, self._store.data[offset : offset + size]
+    def room(self, size: int) -> int:
+        """The offset of a place for up to ``size`` bytes, to be filled and `put`, or given back
+        with `give`; -1 where no hole is large enough."""
+        return self._ranges.take(size)
 
     def give(self, offset: int, size: int, keep: int = 0) -> None:
         """Give back of a range of ``size`` bytes all but the first ``keep``."""
@@ -119,6 +150,17 @@ class Extents:
         for slot in slots:
             self._leave(slot)
         self._enter(extent, slots)
+
+    def share(self, extent: Extent, slots: dict[int, Span]) -> None:
+        """``slots`` too stand for positions of ``extent``, which is here already."""
+        extent.slots.update(slots)  # first, or it might lose its last slot in between
+        for slot in slots:
+            if self._of_slot.get(slot) is extent:
+                self._store.clear((slot,))
+                self._names.pop(slot, None)
+            else:
+                self._leave(slot)
+                self._of_slot[slot] = extent
 
     def replace(self, old: Extent, packed: Extent) -> None:
         """``packed`` holds all that slots stand for of ``old``, which is gone."""
@@ -153,6 +195,7 @@ class Extents:
                 length=extent.length,
                 start=start,
                 whole=extent.tokens,
+                crc=extent.crc,
             )
         )
 
@@ -163,10 +206,6 @@ class Extents:
     def at(self, slot: int) -> Extent | None:
         """The extent that ``slot`` points into."""
         return self._of_slot.get(slot)
-
-    def data(self, extent: Extent) -> Bytes:
-        """The bytes of an extent."""
-        return self._store.data[extent.offset : extent.offset + extent.length]
 
     def wasteful(self) -> Extent | None:
         """The extent with the least use of its bytes, once all together exceed the budget; None

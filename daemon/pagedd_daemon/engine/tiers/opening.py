@@ -1,0 +1,92 @@
+"""The disk tier that an engine is told to have, or the reason why there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pagedd_daemon.engine.tiers.disk import DiskTier
+from pagedd_daemon.engine.tiers.diskfile import READERS, DiskFile
+from pagedd_daemon.engine.tiers.diskspace import swap_space
+from pagedd_daemon.engine.tiers.records import RECORD_BYTES, TABLE_OFFSET, Shape, TierFormatError
+from pagedd_daemon.messages import Configure
+
+log = logging.getLogger(__name__)
+
+_EXTENT_SHARE = 7 / 8
+"""Of the file that pages take where several are kept in one piece: an eighth is left for pages
+that nobody wants any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskWishes:
+    """What the engine is told of its disk tier."""
+
+    bytes: int = 0
+    """0: there is none."""
+    folder: str = ""
+    """Where its file lies."""
+
+    @classmethod
+    def of(cls, configure: Configure) -> DiskWishes:
+        """What ``configure`` says of it."""
+        return cls(configure.disk_bytes, configure.disk_folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk tier, or none."""
+
+    tier: DiskTier | None = None
+    slots: int = 0
+    notice: str = ""
+
+    def counters(self) -> dict[str, int]:
+        """Figures for ``stats``."""
+        return {} if self.tier is None else self.tier.counters()
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.tier is not None:
+            self.tier.close()
+
+    def troubles(self) -> list[str]:
+        """What is not as it was wished for, for people."""
+        found = [self.notice] if self.notice else []
+        if self.tier is not None and self.tier.file.trouble:
+            found.append(f"the disk tier is not used any more: {self.tier.file.trouble}")
+        return found
+
+
+def open_disk(
+    wishes: DiskWishes, binding: bytes, page_bytes: int, *, pieces: bool, readers: int = READERS
+) -> Disk:
+    """Open the tier.
+
+    Args:
+        wishes: How large, and where.
+        binding: 32 bytes over all that the bytes of a page depend on.
+        page_bytes: Of one page in the file, at most.
+        pieces: Whether several pages are kept in one piece, of which some may be unwanted.
+        readers: Threads that read; 0: nothing has a thread.
+    """
+    if not wishes.bytes:
+        return Disk()
+    space = swap_space(Path(wishes.folder), wishes.bytes)
+    if space.descriptor < 0:
+        log.warning("%s", space.notice)
+        return Disk(notice=space.notice)
+    room = (space.bytes - TABLE_OFFSET - 4096) * (_EXTENT_SHARE if pieces else 1)
+    slots = max(0, int(room // (page_bytes + RECORD_BYTES)))
+    shape = Shape(binding, slots, space.bytes)
+    try:
+        file = DiskFile(space.descriptor, shape, readers=readers)
+    except (OSError, TierFormatError) as error:
+        os.close(space.descriptor)
+        log.warning("there is no disk tier: %s", error)
+        return Disk(notice=f"there is no disk tier: {error}")
+    if space.notice:
+        log.warning("%s", space.notice)
+    return Disk(DiskTier(file), slots, space.notice)
