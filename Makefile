@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test test-gpu check bench-cpu bench-gpu bench-paper clean
+.PHONY: help demo test test-gpu check bench-cpu bench-gpu bench-paper dist deb dist-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,15 @@ bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for o
 
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
 	@$(BIN)/python -m benchmarks.paper
+
+dist: $(READY) ## build wheel and sdist into dist/
+	@$(BIN)/python -m hatchling build -d dist
+
+deb: dist ## build the Debian package into dist/, and have lintian check it
+	@$(BIN)/python packaging/deb/build.py
+
+dist-test: dist ## install wheel and sdist into clean environments and run them, some minutes
+	@$(BIN)/python packaging/dev/dist_test.py
 
 clean: ## remove .venv and everything else that was built or cached here
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -150,12 +150,16 @@ def reaches_daemon(command: _Command) -> _Command:
     return as_json(host(timeout(command)))
 
 
+def load_commands() -> None:
+    """Import every command's module, which registers it."""
+    for name in _MODULES:
+        importlib.import_module(f"pagedd.cli.{name}")
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Importing them registers their commands.
-    for name in _MODULES:
-        importlib.import_module(f"pagedd.cli.{name}")
+    load_commands()
 
     try:
         status = commands.main(given, prog_name="pagedd", standalone_mode=False)
