@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test test-gpu check bench-cpu bench-gpu bench-paper dist deb dist-test clean
+.PHONY: help demo test test-gpu check bench-cpu bench-gpu bench-service bench-paper docs dist deb dist-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,8 +41,14 @@ bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machin
 bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for one of its stages
 	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY))
 
+bench-service: $(READY) ## measure what living with the service costs, about 4 minutes
+	@$(BIN)/python -m benchmarks.living
+
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
 	@$(BIN)/python -m benchmarks.paper
+
+docs: $(READY) ## build the documentation as a site into build/site, links checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 dist: $(READY) ## build wheel and sdist into dist/
 	@$(BIN)/python -m hatchling build -d dist
