@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
-
 import pagedd
 from benchmarks.report import ROOT, Report, Row
 from benchmarks.service import Daemon, environment, packaged_model
@@ -106,14 +104,20 @@ def looked_at(report: Report) -> None:
         note = f"median of {len(times)}, the process included; {_STREAMS} streams run"
         value = statistics.median(times) * 1000
         report.add(Row("pagedd ps on a loaded daemon", value, "ms", "<= 200", note))
-        delay = 1000 * (statistics.median(asked) - statistics.median(quiet))
-        note = f"median time to 20 further tokens of a step of {_STEP_US / 1000:g} ms, beside 'ps' "
-        note += f"once a second less alone: {1000 * statistics.median(asked):.1f} ms, "
-        note += f"{1000 * statistics.median(quiet):.1f} ms alone"
+        beside, alone = 1000 * _late(asked), 1000 * _late(quiet)
+        delay = beside - alone
+        note = "99th percentile of the time to 20 further tokens, a step taking "
+        note += f"{_STEP_US / 1000:g} ms: {beside:.1f} ms beside 'ps' once a second, "
+        note += f"{alone:.1f} ms alone"
         report.add(Row("delay of a stream by pagedd ps", delay, "ms", "<= 5", note))
         share = _top_share(daemon, 6.0 if report.quick else 30.0)
         note = "in a terminal, once a second, after its start; 4 streams run"
         report.add(Row("pagedd top", share, "% of a core", "<= 2", note))
+
+
+def _late(times: Sequence[float]) -> float:
+    """The 99th percentile."""
+    return statistics.quantiles(times, n=100)[98]
 
 
 def _run(daemon: Daemon, *arguments: str) -> float:
@@ -175,7 +179,6 @@ def _top_share(daemon: Daemon, seconds: float) -> float:
         stderr=outer,
     )
     os.close(outer)
-    watched = psutil.Process(process.pid)
     over = threading.Event()
 
     def stream() -> None:
@@ -189,9 +192,9 @@ def _top_share(daemon: Daemon, seconds: float) -> float:
         thread.start()
     try:
         _drain(inner, 3.0)
-        before, began = watched.cpu_times(), time.monotonic()
+        before, began = _cpu_seconds(process.pid), time.monotonic()
         _drain(inner, seconds)
-        after, took = watched.cpu_times(), time.monotonic() - began
+        used, took = _cpu_seconds(process.pid) - before, time.monotonic() - began
     finally:
         over.set()
         for thread in threads:
@@ -199,8 +202,13 @@ def _top_share(daemon: Daemon, seconds: float) -> float:
         process.terminate()
         process.wait(30)
         os.close(inner)
-    used = after.user + after.system - before.user - before.system
     return 100 * used / took
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of all threads, to the nanosecond: the usual counters tick a hundred times a second."""
+    files = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(file.read_text(encoding="ascii").split()[0]) for file in files) / 1e9
 
 
 def _drain(terminal: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.report import RESULTS, ROOT, shown
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-TARGETS = ("bench-cpu", "bench-gpu")
+TARGETS = ("bench-cpu", "bench-gpu", "bench-service")
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 
 
