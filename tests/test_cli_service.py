@@ -26,7 +26,7 @@ case "$2" in
     state=inactive
     test "$3" = pagedd.socket && state=${FAKE_SOCKET:-inactive}
     printf 'ActiveState=%s\\nSubState=dead\\n' $state ;;
-  enable)
+  show-environment)
     test -z "$FAKE_FAILS" || { echo 'Failed to connect to bus: No medium found' >&2; exit 1; } ;;
 esac
 """
@@ -58,6 +58,7 @@ def test_install_writes_both_units_and_starts_to_listen(home: Path) -> None:
     assert sorted(p.name for p in units.iterdir()) == ["pagedd.service", "pagedd.socket"]
     assert f"ExecStart={sys.executable} -m pagedd serve\n" in (units / "pagedd.service").read_text()
     assert calls(home) == [
+        "systemctl --user show-environment",
         "systemctl --user daemon-reload",
         "systemctl --user disable pagedd.service",
         "systemctl --user enable pagedd.socket",
@@ -92,7 +93,7 @@ def test_units_of_somebody_else_are_not_replaced_unless_forced(home: Path) -> No
     failed = run("service", "install")
     assert (failed.status, str(path) in failed.err, "--force" in failed.err) == (73, True, True)
     assert "mine" in path.read_text()
-    assert calls(home) == []
+    assert calls(home) == ["systemctl --user show-environment"]
     assert run("service", "install", "--force").status == 0
 
 
@@ -134,6 +135,7 @@ def test_without_a_manager_or_its_bus_it_says_what_to_do(
         True,
         True,
     )
+    assert not (home / "config").exists(), "nothing was written"
     monkeypatch.setenv("PATH", str(home))
     failed = run("service", "install")
     assert (failed.status, "'pagedd serve'" in failed.err) == (69, True)

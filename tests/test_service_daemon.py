@@ -106,6 +106,7 @@ def test_a_second_daemon_exits_75_and_names_the_first(directory: Path) -> None:
     with daemon(directory, "--model", "simulated") as first:
         second = attempt(directory, "--model", "simulated")
         assert second.returncode == 75
+        assert "end it with 'pagedd stop'." in second.stderr
         assert str(first.pid) in second.stderr
         with connect(directory) as client:
             assert client.generate("still served", max_tokens=1).text() is not None
@@ -118,6 +119,7 @@ def test_a_missing_or_broken_model_exits_66_and_is_named(directory: Path, tmp_pa
         ended = attempt(directory, "--model", str(path))
         assert ended.returncode == 66
         assert str(path) in ended.stderr
+        assert "or get the default with 'pagedd pull'." in ended.stderr
 
 
 def test_settings_that_cannot_be_used_exit_78(directory: Path) -> None:

@@ -219,8 +219,17 @@ def _inherited(settings: Settings) -> Mapping[str, socket.socket]:
     return found.sockets
 
 
+_ADVICE = {
+    Exit.NO_INPUT: "See 'pagedd models' for what there is, or get the default with 'pagedd pull'.",
+    Exit.TEMPORARY: "Use that one (see 'pagedd status'), or end it with 'pagedd stop'.",
+    Exit.CONFIG: "Correct that, then start it again; 'pagedd doctor' looks at all of it.",
+}
+
+
 def _refuse(status: Exit, reason: str) -> Exit:
-    print(f"pagedd: {reason}", file=sys.stderr)
+    """Say what is wrong and what to do."""
+    end = "" if reason.endswith(".") else "."
+    print(f"pagedd: {reason}{end} {_ADVICE.get(status, '')}".rstrip(), file=sys.stderr)
     return status
 
 

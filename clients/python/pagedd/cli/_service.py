@@ -45,6 +45,7 @@ def install(at_login: bool, force: bool, dry_run: bool, json_: bool) -> None:
     if dry_run:
         _show_plan(plan, json_)
         return
+    _run(plan.probe)
     _write(plan.files, force)
     for command in plan.install:
         _run(command)

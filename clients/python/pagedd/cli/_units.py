@@ -59,6 +59,8 @@ class Plan:
     """What installing and uninstalling come to on this machine."""
 
     files: tuple[UnitFile, ...]
+    probe: Command
+    """Works where there is a manager: nothing is written before."""
     install: tuple[Command, ...]
     """Once the files are there."""
     uninstall: tuple[Command, ...]
@@ -85,6 +87,7 @@ def _systemd(at_login: bool) -> Plan:
     others = [name for name in NAMES if name not in chosen]
     return Plan(
         files=tuple(files),
+        probe=(*systemctl, "show-environment"),
         install=(
             reload,
             # From "at login" back to "on demand".
@@ -105,6 +108,7 @@ def _launchd() -> Plan:
     domain = f"gui/{os.getuid()}"
     return Plan(
         files=(UnitFile(path, text),),
+        probe=("launchctl", "version"),
         install=(("launchctl", "bootstrap", domain, str(path)),),
         uninstall=(("launchctl", "bootout", f"{domain}/{LABEL}"),),
         afterwards=(),
