@@ -62,7 +62,7 @@ def test_pages_are_adopted_in_any_order_and_reclaimed_from_the_end_of_a_chain() 
         hit = caller.pager._admission._look_up(_chain(6), 6, 1, None)  # type: ignore[arg-type]
         assert len(hit.blocks) == left, "a page in the middle was reclaimed first"
         victim = caller.pager._pool.ram._next_victim()
-        caller.pager._pool.ram.uncache(victim)
+        caller.pager._pool.ram.disown(victim)
         caller.pager.validate()
 
 

@@ -203,28 +203,6 @@ def test_a_connection_that_is_gone_has_its_requests_cancelled() -> None:
     run(scenario())
 
 
-def test_an_engine_that_dies_ends_its_streams_retryably_and_the_next_request_loads_again() -> None:
-    async def scenario() -> None:
-        async with Front() as front:
-            client, engine = await ready(front)
-            request, _ = await begun(client, engine)
-            engine.die(-11)
-            error = await client.end(request)
-            assert (error["code"], error["retryable"]) == ("E_ENGINE", True)
-            status = await front.status()
-            assert status["state"] == "degraded"
-            assert "signal 11" in status["degraded"][0]
-            again = client.generate()
-            second = await front.source.engine(1)
-            rid = (await second.hears(m.Submit)).rid
-            second.close_request(rid)
-            assert (await client.end(again))["type"] == "done"
-            status = await front.status()
-            assert (status["state"], status["degraded"]) == ("ready", [])
-
-    run(scenario())
-
-
 def test_a_connection_that_is_gone_while_its_prompt_is_tokenised_submits_nothing() -> None:
     async def scenario() -> None:
         async with Front() as front:

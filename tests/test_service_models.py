@@ -180,7 +180,10 @@ def test_the_model_is_unloaded_when_keep_alive_has_passed_and_asking_does_not_wa
             front.clock.advance(299)
             request = client.generate()
             rid = (await engine.hears(m.Submit)).rid
-            front.clock.advance(1000)  # a live stream keeps it
+            for count in range(1, 21):  # a live stream keeps it
+                front.clock.advance(50)
+                engine.write(rid, "a")
+                await client.until(request, "chunk", count)
             engine.close_request(rid)
             await client.end(request)
             front.clock.advance(299)

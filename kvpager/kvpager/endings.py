@@ -138,6 +138,7 @@ class Endings:
         if start < int(self._seqs.computed[slot]) // size * size:
             self._seqs.tails[slot, : length - start] = state.known[start:length]
         state.known_tokens = min(state.known_tokens, length)
+        state.saved = min(state.saved, length // size)
         del state.chain[length // size * DIGEST :]
         if self._seqs.computed[slot] >= state.known_tokens:
             self._seqs.prefilling.pop(state.id, None)

@@ -148,6 +148,8 @@ class Store:
     seq: int
     tier: Tier
     pages: tuple[Page, ...]
+    through: bool = False
+    """The sequence runs on (`PagerConfig.write_through`): no block becomes free by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from kvpager.types import Instruction, Move, Page, PreemptMode, Tier
 _WRITE_BACK_SHARE = 16
 _SPILL_SHARE = 4
 _WRITE_BACK_MOST = 32
+_WRITE_THROUGH_MOST = 32
+"""Pages of one sequence at a time: 64 MB at 2 MB a page, 1 to 3 ms of a copy engine."""
 
 Tails: TypeAlias = dict[tuple[int, int], Place]
 """By block and tokens: where partial pages have gone that siblings preempted together share."""
@@ -144,9 +146,9 @@ class Keeping:
             block = index.where[Tier.GPU][node]
             for tier, slot in places:
                 if slot >= 0:
-                    tier.uncache(slot)
+                    tier.disown(slot)
             if block >= 0:
-                pool.uncache(block)
+                pool.disown(block)
 
     def found_again(self, state: SequenceState, full: int) -> int:
         """Tokens at its front whose pages are resident in some tier now."""
@@ -182,6 +184,38 @@ class Keeping:
         place.tier.name(place.slot, node)
 
     # -------------------------------------------------------------------------- in background
+
+    def write_through(self, out: list[Instruction]) -> None:
+        """Keep full blocks of running sequences in RAM too, as far as there is room.
+
+        What it takes is what caching them would take at their end: never the swap reserve, and of
+        cached pages only the place of some that no higher tier has.
+        """
+        seqs = self._seqs
+        waiting, seqs.unsaved = seqs.unsaved, {}
+        for state in waiting.values():
+            if state.id in seqs.runnable and state.restore is None:
+                self._write_through(state, out)
+
+    def _write_through(self, state: SequenceState, out: list[Instruction]) -> None:
+        ram, index = self._pool.ram, self._pool.index
+        full = int(self._seqs.computed[state.slot]) // self._size
+        first = min(state.saved, full)
+        nodes = index.find_all(state.chain, full)[first:].tolist()
+        pages: list[Page] = []
+        for i, node in enumerate(nodes, first):
+            if len(pages) == _WRITE_THROUGH_MOST:
+                self._seqs.unsaved[state.id] = state
+                break
+            if self._pool.below(node) is None:
+                slot = ram.take(swap=False, evict=Evict.OLD)
+                if slot < 0:
+                    break  # pages behind a missing one would never be found
+                self._name(state, i, node, Place(ram, slot))
+                pages.append(Page(i, int(state.table[i]), slot, self._size))
+            state.saved = i + 1
+        if pages:
+            self._transfers.begin_store(state.id, Tier.RAM, pages, (), out, through=True)
 
     def write_back(self, out: list[Instruction]) -> None:
         """Keep what is evicted next in the tier below too, so that evicting it loses nothing."""

@@ -188,6 +188,8 @@ class Pager:
         if self._seqs.restoring:
             self._restoring.step_over(out)
         self._endings.carry_out_idle(out)
+        if self._seqs.unsaved:
+            self._keeping.write_through(out)
         self._keeping.write_back(out)
 
     def observe(

@@ -211,12 +211,14 @@ class Pool:
             self.blocks.node[block] = -1
             self.index.drop(node, Tier.GPU)
 
-    def uncache(self, block: int) -> None:
-        """Drop the block's page if nobody needs it."""
+    def disown(self, block: int) -> None:
+        """Drop the block's page if nobody needs it, though a store may still be reading it."""
         if block in self.blocks.cached:
             self.blocks.cached.remove(block)
             self.forget(block)
             self._free(block)
+        elif self.blocks.state[block] == STORING:
+            self.forget(block)
 
     def below(self, node: int) -> Place | None:
         """Where a page is resident below the first tier, in the fastest tier that has it."""

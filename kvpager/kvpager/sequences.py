@@ -53,6 +53,7 @@ class SequenceState:
         "preemptions",
         "restore",
         "root",
+        "saved",
         "slot",
         "sources",
         "space",
@@ -88,6 +89,8 @@ class SequenceState:
         """How often it has been preempted."""
         self.found = 0
         """Pages at its front that others had computed before it was admitted."""
+        self.saved = 0
+        """Pages at its front that writing through need not look at again."""
         self.table: npt.NDArray[np.int32] = np.empty(8, dtype=np.int32)
         self.blocks = 0
         """Entries of ``table`` in use."""
@@ -165,6 +168,8 @@ class SequenceTable:
         self.runnable: dict[int, int] = {}
         """Slots of those that may take part in a step."""
         self.by_slot: list[SequenceState | None] = []
+        self.unsaved: dict[int, SequenceState] = {}
+        """Those with full blocks that were not written through, if that is wanted."""
         self.pending: dict[int, SequenceState] = {}
         self.prefilling: dict[int, SequenceState] = {}
         """Those computing tokens that were known at admission."""

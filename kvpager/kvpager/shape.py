@@ -60,6 +60,9 @@ class PagerConfig:
     keep_cached_on_gpu: bool = True
     """Whether finished prefixes stay in the first tier until it is needed. False for llama.cpp,
     where cells of finished sequences slow every decode by up to 27 %: they go to RAM at once."""
+    write_through: bool = False
+    """Whether full blocks of running sequences are kept in RAM too while they run, where whoever
+    comes after a crash finds them."""
     growth_margin: float = 0.01
     """Share of the first tier an admission must leave free, so that running sequences can grow."""
     ram_swap_reserve: float = 0.25

@@ -269,3 +269,5 @@ class Steps:
             extend_chain(state.chain, state.root, state.known[: last * self._size], self._size)
         for index in range(first, last):
             self._pool.register(int(state.table[index]), *state.names(index))
+        if self._pool.config.write_through:
+            self._seqs.unsaved[state.id] = state

@@ -178,10 +178,13 @@ class LowerTier:
         self.state[slot] = _DOOMED
         self.unpin(slot)
 
-    def uncache(self, slot: int) -> None:
-        """Drop the slot's page if nobody needs it."""
+    def disown(self, slot: int) -> None:
+        """The slot's page is not to be found any more, though a store may still be filling it."""
         if slot in self.cached:
             self._evict(slot)
+        elif self.state[slot] == _FILLING and not self.holds[slot]:
+            self._index.drop(self.node[slot], self.tier)
+            self.node[slot] = -1
 
     def shrink_cache(self) -> None:
         """Evict what exceeds the cache's share, once swapped pages have become cached ones."""

@@ -60,9 +60,11 @@ class Transfers:
         pages: Sequence[Page],
         touched: Sequence[Place],
         out: list[Instruction],
+        *,
+        through: bool = False,
     ) -> None:
         """Store ``pages``, whose slots of ``tier`` the caller has taken and named."""
-        store = Store(self._number(), seq, tier, tuple(pages))
+        store = Store(self._number(), seq, tier, tuple(pages), through)
         for page in pages:
             self._pool.pin(page.block)
         self.live[store.transfer] = Transfer(store, tuple(touched))

@@ -134,6 +134,9 @@ class FakeEngine:
     async def ended(self) -> None:
         await self._stopped.wait()
 
+    def kill(self) -> None:
+        self.die(-9)
+
     def die(self, status: int = -9) -> None:
         self.status = status
         self._script.close()
@@ -243,6 +246,7 @@ class FakeSource:
         self.engines: list[FakeEngine] = []
         self.loads: list[str] = []
         self.forgotten = 0
+        self.can_fall = self.fallen = False
         self.ready = m.Ready("simulated", "CPU", 258, 1000, 2000, 16, (256,), "f16")
         self.automatic = True
         self._spawned = asyncio.Event()
@@ -275,6 +279,10 @@ class FakeSource:
         self._spawned.set()
         return engine
 
+    def fall_back(self) -> bool:
+        self.fallen = self.can_fall
+        return self.can_fall
+
     def forget(self) -> None:
         self.forgotten += 1
 
@@ -299,6 +307,7 @@ class Front:
         self.source = FakeSource()
         self.transport = Transport()
         self.shutdowns: list[bool] = []
+        self.defeats = 0
         self.service = FrontService(
             self.source,
             self.clock,
@@ -308,10 +317,14 @@ class Front:
             keep_alive_s=300.0,
             apps=apps,
             on_shutdown=self.shutdowns.append,
+            on_defeat=self._defeat,
         )
         self.service.transport = self.transport
         self._numbers = itertools.count(1)
         self._replied = asyncio.Event()
+
+    def _defeat(self) -> None:
+        self.defeats += 1
 
     async def __aenter__(self) -> Front:
         return self

@@ -43,6 +43,7 @@ class Caller:
         max_sequences: int = 0,
         margin: float = 0.0,
         reserve: float = 0.25,
+        through: bool = False,
     ) -> None:
         self.pager = Pager(
             PagerConfig(
@@ -54,6 +55,7 @@ class Caller:
                 keep_cached_on_gpu=keep,
                 growth_margin=margin,
                 ram_swap_reserve=reserve,
+                write_through=through,
             )
         )
         self.epoch = 0

@@ -115,6 +115,7 @@ class World:
             keep_cached_on_gpu=rng.random() < 0.6,
             growth_margin=rng.choice((0.0, 0.1)),
             ram_swap_reserve=rng.choice((0.0, 0.25, 0.5)),
+            write_through=rng.random() < 0.4,
         )
 
     def measure(self) -> None:

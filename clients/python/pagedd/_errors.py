@@ -16,7 +16,8 @@
         ├── Busy                    too much at once; try again
         ├── Draining                the daemon is shutting down
         ├── DeadlineExceeded        the daemon's deadline for the request passed
-        ├── EngineFailed            the engine died or a step failed
+        ├── EngineFailed            a step failed, or no engine can take the place of one that died
+        ├── Poison                  engines died while they had this request
         ├── HelperFailed            tokenising or rendering took too much time or memory
         └── InternalError           a defect of the daemon
 """
@@ -126,6 +127,10 @@ class EngineFailed(RequestError):
     """The engine died or a step failed."""
 
 
+class Poison(RequestError):
+    """Several engines died while they had this request; do not send it again."""
+
+
 class HelperFailed(RequestError):
     """Tokenising or rendering took too much time or memory."""
 
@@ -145,6 +150,7 @@ _BY_CODE: dict[str, type[RequestError]] = {
     "E_DRAINING": Draining,
     "E_DEADLINE": DeadlineExceeded,
     "E_ENGINE": EngineFailed,
+    "E_POISON": Poison,
     "E_HELPER": HelperFailed,
     "E_INTERNAL": InternalError,
 }

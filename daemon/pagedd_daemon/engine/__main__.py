@@ -48,7 +48,8 @@ def serve(link: FrontLink) -> int:
     )
     grammars = Grammars(configure, caps)
     try:
-        run(Engine(backend, time.monotonic, grammars), link, first)
+        engine = Engine(backend, time.monotonic, grammars, write_through=configure.write_through)
+        run(engine, link, first)
     finally:
         grammars.close()
         backend.close()

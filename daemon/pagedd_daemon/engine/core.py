@@ -8,6 +8,7 @@ step and returns its report. There is no I/O and no waiting beside the backend's
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import TypeAlias
@@ -30,6 +31,9 @@ from pagedd_daemon.engine.work import Request, Sequence, SequenceState
 from pagedd_daemon.grammars import GrammarError
 from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
 
+_STEPS_REMEMBERED = 64
+"""Steps that their median time is taken over."""
+
 Say: TypeAlias = Callable[[m.StepReport], None]
 
 
@@ -41,12 +45,15 @@ class Engine:
         backend: Backend,
         clock: Callable[[], float],
         grammars: Grammars | None = None,
+        *,
+        write_through: bool = False,
     ) -> None:
-        """``grammars`` is None where no request may be constrained."""
+        """``grammars`` is None where no request may be constrained; ``write_through``: see
+        `kvpager.types.PagerConfig`."""
         self._backend = backend
         self._clock = clock
         self._caps = backend.capabilities
-        self._pool = Pool(backend)
+        self._pool = Pool(backend, write_through=write_through)
         self._scheduler = Scheduler(self._pool, self._caps)
         self._requests: dict[int, Request] = {}
         self._live: Counter[str] = Counter()
@@ -60,6 +67,10 @@ class Engine:
         self._outbox = Outbox(0.0 if self._caps.asynchronous else HOLD_S)
         self._step_s = 0.0
         """Of the last step."""
+        self._seconds: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
+        """Of the last steps."""
+        self._blocked = 0
+        """Turns in which nothing was under way: what is waited for is outside."""
         self._totals = Totals()
         self._grammars = grammars
 
@@ -113,6 +124,11 @@ class Engine:
         """
         self._pool.pager.validate()
 
+    @property
+    def progress(self) -> int:
+        """Rises unless something is under way that does not end."""
+        return self._steps + self._pool.ended + self._blocked
+
     def snapshot(self) -> m.Snapshot:
         """The engine's figures now."""
         return m.Snapshot(
@@ -124,6 +140,10 @@ class Engine:
                 self._steps,
                 self._clock(),
             )
+            | {
+                "progress": self.progress,
+                "median_step_s": statistics.median(self._seconds) if self._seconds else 0.0,
+            }
         )
 
     # ---------------------------------------------------------------------------------------- step
@@ -163,6 +183,8 @@ class Engine:
             self._collect(say)
             self._scheduler.settle()
         self._say(say, everything=step is None)
+        if step is None and not self._flights and not self._pool.transfers_in_flight:
+            self._blocked += 1
         return step is not None or bool(self._flights)
 
     def _follow(self, step: Step, say: Say, waiting: Callable[[], bool]) -> None:
@@ -194,6 +216,7 @@ class Engine:
                     sequence.sampler.accept(one.token)
                     over = over or sequence.sampler.complete
             self._step_s = result.seconds
+            self._seconds.append(result.seconds)
             over = over or self._scheduler.stretch_left == 1 or waiting()
             if over or self._clock() + result.seconds > begin + self._outbox.hold_s:
                 break
@@ -282,6 +305,7 @@ class Engine:
             kept.append((sequence, tokens))
             self._output(sequence, tokens, now, now)
         self._step_s = result.seconds
+        self._seconds.append(result.seconds)
         self._say(say)
         self._scheduler.retire(step, result.seconds)
         for sequence, tokens in kept:

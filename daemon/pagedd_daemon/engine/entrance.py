@@ -82,7 +82,7 @@ class Entrance:
         groups = self._turns.yielding(request, running, refusal)
         while True:
             self._residents.hear()
-            if self._residents.pool.transfers_in_flight or self._room.somebody_leaves():
+            if self._residents.pool.room_coming or self._room.somebody_leaves():
                 return False  # room may be on its way already
             victim = self._room.choose(groups)
             if victim is None:

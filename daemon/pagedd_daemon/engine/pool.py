@@ -33,7 +33,9 @@ class _Copied:
 class Pool:
     """The pager and the backend that carries out what it says, kept in step."""
 
-    def __init__(self, backend: Backend, pager: Pager | None = None) -> None:
+    def __init__(
+        self, backend: Backend, pager: Pager | None = None, *, write_through: bool = False
+    ) -> None:
         """A pool over ``backend``'s memory, empty.
 
         Args:
@@ -49,10 +51,15 @@ class Pool:
                 block_tokens=caps.block_tokens,
                 max_sequences=caps.max_sequences,
                 keep_cached_on_gpu=caps.keep_cached_on_gpu,
+                write_through=write_through,
             )
         )
         self._backend = backend
         self._in_flight: dict[int, Store | Load | Spill] = {}
+        self._through: set[int] = set()
+        """Of these, stores after which nobody has more room than before."""
+        self.ended = 0
+        """Transfers that have ended since the start."""
         self._copied: dict[tuple[type[Store | Load], Tier], _Copied] = {}
         for pages in backend.adoptable():
             self.handle(pages)
@@ -61,6 +68,11 @@ class Pool:
     def transfers_in_flight(self) -> int:
         """Transfers that the pager has asked for and not heard of since."""
         return len(self._in_flight)
+
+    @property
+    def room_coming(self) -> bool:
+        """Whether there is a transfer in flight whose end may let somebody go on."""
+        return len(self._in_flight) > len(self._through)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Give the pager an event and the backend what follows from it.
@@ -73,6 +85,8 @@ class Pool:
             for instruction in instructions:
                 if isinstance(instruction, (Store, Load, Spill)):
                     self._in_flight[instruction.transfer] = instruction
+                    if isinstance(instruction, Store) and instruction.through:
+                        self._through.add(instruction.transfer)
         return instructions
 
     def settle(self) -> list[Instruction]:
@@ -81,6 +95,8 @@ class Pool:
         while self._in_flight and (ended := self._backend.poll_transfers()):
             for result in ended:
                 transfer = self._in_flight.pop(result.transfer)
+                self._through.discard(result.transfer)
+                self.ended += 1
                 if result.ok:
                     self._commit(transfer)
                     if result.seconds > 0.0:

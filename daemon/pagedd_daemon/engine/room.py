@@ -43,7 +43,7 @@ class Room:
             if not asking:
                 break
             pressed = True
-            if self._residents.pool.transfers_in_flight or self.somebody_leaves():
+            if self._residents.pool.room_coming or self.somebody_leaves():
                 break  # room may be on its way already, from a victim of the last step
             victim = self._victim(asking[0], must=not ready, in_flight=in_flight)
             if victim is None:

@@ -209,8 +209,10 @@ class Scheduler:
     def settle(self) -> None:
         """Hear of transfers that have ended."""
         if self._pool.transfers_in_flight:
+            # Who asked before a block was merely written through would hear the same again.
+            changed = self._pool.room_coming
             self._residents.hear()
-            self._entrance.changed = True
+            self._entrance.changed |= changed
 
     @property
     def in_stretch(self) -> bool:
@@ -284,7 +286,7 @@ class Scheduler:
         """Steps that these sequences alone can take before anything needs to be decided."""
         if self._caps.asynchronous or self._residents.preempted or self.waiting:
             return 1
-        if self._pool.transfers_in_flight:
+        if self._pool.room_coming:
             return 1
         ahead = steps_ahead(ready, self._caps.context_tokens)
         if ahead > 1 and self._room.reserve(ready, [ahead] * len(ready)):

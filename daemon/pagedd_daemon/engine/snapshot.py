@@ -7,6 +7,8 @@ Keys::
     sequences  {running, swapped, ids_total}
     requests   {running, waiting, paused}
     steps      steps since start
+    progress   rises unless something is under way that does not end
+    median_step_s  of the last steps, in seconds
     tokens     {prompt, cached, generated} of requests since start; computed prompt tokens are
                prompt - cached
     apps       key -> {running, waiting, kv_gpu_tokens, kv_ram_tokens, kv_disk_tokens,

@@ -77,6 +77,12 @@ class Settings:
     drain_s: float = 30.0
     """Seconds live streams get to end by themselves after SIGTERM or ``shutdown``; well below the
     90 s after which service managers kill."""
+    engine_deaths: int = 5
+    """Engines that may die within a minute before the daemon computes on the CPU instead, or where
+    it does so already, ends. Not a setting: measurements and tests kill more of them."""
+    write_through: bool = True
+    """Whether full blocks of live sequences are kept in the RAM tier too, for the next engine. Not
+    a setting: what it costs is measured by turning it off."""
     pinned: frozenset[str] = frozenset()
     """Fields that the command line gave: a reload of the file leaves them as they are."""
     simulated_step_us: int = 1000

@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Queue a message; dropped without a word when the engine is gone."""
         ...
 
+    def kill(self) -> None:
+        """End it as one that is stuck: what follows is what follows its death."""
+        ...
+
     async def stop(self, grace_s: float) -> int:
         """End it: `Shutdown`, and SIGKILL after ``grace_s`` seconds. Returns its exit status."""
         ...
@@ -203,6 +207,11 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         """See `Engine.send`."""
         self._channel.send(message)
+
+    def kill(self) -> None:
+        """See `Engine.kill`."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def stop(self, grace_s: float) -> int:
         """See `Engine.stop`."""

@@ -27,6 +27,7 @@ RETRYABLE: Mapping[str, bool] = {
     "E_DRAINING": True,
     "E_DEADLINE": True,
     "E_ENGINE": True,
+    "E_POISON": False,
     "E_HELPER": True,
     "E_SLOW": True,
     "E_FORBIDDEN": False,

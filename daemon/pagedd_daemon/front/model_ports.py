@@ -128,6 +128,11 @@ class Source(Protocol):
         """
         ...
 
+    def fall_back(self) -> bool:
+        """Engines of this kind die: have the next ones compute in another way. False where there is
+        none, or the user wants no other."""
+        ...
+
     def forget(self) -> None:
         """The model is no longer wanted: give the memory of its RAM tier back."""
         ...

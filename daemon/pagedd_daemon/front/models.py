@@ -20,6 +20,7 @@ from enum import Enum
 
 from pagedd_daemon.front.engine_link import Engine, Message
 from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.failover import Deaths, Next
 from pagedd_daemon.front.model_ports import Clock, Entry, Source, Text, Timer, wire_error
 from pagedd_daemon.messages import Failed, Ready
 
@@ -38,6 +39,8 @@ class Model:
     engine: Engine
     ready: Ready
     leases: int = 0
+    down: bool = False
+    """Its engine has died, and no other has taken its place yet."""
 
 
 class State(Enum):
@@ -99,15 +102,22 @@ class Models:
         keep_alive_s: float,
         said: Callable[[Message], None],
         ended: Callable[[Model, str | None], None],
+        replaced: Callable[[Model, WireError | None], None] = lambda model, error: None,
+        deaths: Deaths | None = None,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
         """``said`` gets what the engine says; ``ended`` each model whose engine is gone, and how it
-        died if nobody stopped it."""
+        died if nobody stopped it. ``replaced`` hears when another engine has taken the place of one
+        that died in use, or why none will; ``lost`` when engines die too often to go on."""
         self._source = source
         self._clock = clock
         self._default = default
         self._default_keep_alive_s = self._keep_alive_s = keep_alive_s
         self._said = said
         self._ended = ended
+        self._replaced = replaced
+        self._lost = lost
+        self.deaths = deaths or Deaths(5)
         self._queue: deque[Lease | _Unload] = deque()
         self._task: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
@@ -119,6 +129,8 @@ class Models:
         """The model being loaded."""
         self.current: Model | None = None
         self.state = State.ASLEEP
+        self.notice: str | None = None
+        """What clients are told of how models are computed since engines have died."""
         self.trouble: str | None = None
         """Why the last engine died or was never ready; None once one serves again."""
 
@@ -229,13 +241,67 @@ class Models:
             self._ready.set_exception(error)
         elif self.current is not None:
             log.error("engine %d ended with %s", engine.pid, how)
-            model, self.current = self.current, None
-            self.trouble = f"The engine ended with {how}; the next request loads the model again."
-            self.state = State.ASLEEP
-            self._asleep = model.entry
-            self._stay()
-            self._ended(model, how)
+            self._died(self.current, how)
+
+    def _died(self, model: Model, how: str) -> None:
+        """The engine in use died: have another one take its place if anybody needs it."""
+        self._stay()
+        model.down = True
+        following = self.deaths.another(self._clock.time())
+        self.trouble = f"The engine ended with {how}; the next request loads the model again."
+        self._ended(model, how)
+        fallen = following is Next.FALL_BACK and self._source.fall_back()
+        if fallen:
+            self.notice = (
+                f"The GPU engine died {self.deaths.total} times, the last with {how}: "
+                "computing on the CPU until the daemon is started again."
+            )
+            log.error("%s", self.notice)
+        if following is Next.FALL_BACK and not fallen:
+            self.trouble = f"The engine died {self.deaths.total} times, the last with {how}."
+            self.current, self.state, self._asleep = None, State.ASLEEP, model.entry
+            self._replaced(model, WireError("E_ENGINE", self.trouble))
+            self._lost()
+        elif model.leases:
+            self._start(self._replace(model, how))
+        else:
+            self.current, self.state, self._asleep = None, State.ASLEEP, model.entry
             self._pump()
+
+    async def _replace(self, model: Model, how: str) -> None:
+        """Give the model another engine."""
+        self.trouble = f"The engine ended with {how} and is being replaced."
+        try:
+            fresh = await self._open(model.entry, model.text)
+        except Exception as failure:
+            error = failure
+            if not isinstance(failure, WireError):
+                log.exception("the engine of %s could not be replaced", model.entry.name)
+                error = WireError("E_INTERNAL", f"{model.entry.name} could not be loaded")
+            assert isinstance(error, WireError)
+            self._not_replaced(model, error)
+            return
+        model.engine, model.ready, model.down = fresh.engine, fresh.ready, False
+        self.state, self.trouble = State.READY, None
+        log.warning("the engine of %s was replaced by %d", model.entry.name, model.engine.pid)
+        self._replaced(model, None)
+
+    def _not_replaced(self, model: Model, error: WireError) -> None:
+        """The engine that was to take another's place died as well, or refused the model."""
+        if error.code == "E_ENGINE" and model.leases:
+            log.error("%s: %s", model.entry.name, error.message)
+            # Not from within the task that it would begin anew.
+            asyncio.get_running_loop().call_soon(self._died_again, model, error.message)
+            return
+        self.trouble = f"{model.entry.name} could not be loaded again: {error}"
+        log.error("%s", self.trouble)
+        self.current, self.state, self._asleep = None, State.ASLEEP, model.entry
+        self._source.forget()
+        self._replaced(model, error)
+
+    def _died_again(self, model: Model, how: str) -> None:
+        if self.current is model:
+            self._died(model, how)
 
     # ------------------------------------------------------------ the queue
 
@@ -287,7 +353,8 @@ class Models:
     def _start(self, work: Coroutine[object, object, None]) -> None:
         assert self._task is None or self._task.done()
         # Set here and not by the task, which begins later: nobody else may start one meanwhile.
-        self.state = State.LOADING if self.current is None else State.UNLOADING
+        model = self.current
+        self.state = State.LOADING if model is None or model.down else State.UNLOADING
         self._task = asyncio.ensure_future(work)
         self._task.add_done_callback(self._settled)
 
@@ -324,9 +391,10 @@ class Models:
                 self._give(lease, model)
         model.leases -= 1
 
-    async def _open(self, entry: Entry) -> Model:
-        """Read the vocabulary while the engine's interpreter starts, then load the weights."""
-        text = asyncio.ensure_future(self._source.open_text(entry))
+    async def _open(self, entry: Entry, known: Text | None = None) -> Model:
+        """Read the vocabulary (unless it is ``known``) while the engine's interpreter starts, then
+        load the weights."""
+        text = asyncio.ensure_future(self._text(entry, known))
         self._ready = ready = asyncio.get_running_loop().create_future()
         engine: Engine | None = None
         try:
@@ -343,6 +411,9 @@ class Models:
         finally:
             text.cancel()
             ready.cancel()
+
+    async def _text(self, entry: Entry, known: Text | None) -> Text:
+        return known if known is not None else await self._source.open_text(entry)
 
     async def _unload(self, model: Model) -> None:
         log.info("unloading %s", model.entry.name)

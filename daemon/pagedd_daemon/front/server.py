@@ -71,6 +71,8 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+        self._status = Exit.OK
+        """With which it ends once it has served."""
         self._pool = HelperPool()
 
     async def run(self) -> int:
@@ -85,8 +87,10 @@ class Server:
                 hung_up = self._asked_to_stop if sys.stderr.isatty() else self._asked_to_reload
                 self._loop.add_signal_handler(signal.SIGHUP, hung_up)
                 signals.callback(self._loop.remove_signal_handler, signal.SIGHUP)
+                self._feed_watchdog()
                 await self._stop.wait()
                 await self._shutdown()
+                status = self._status
         return status
 
     def _asked_to_stop(self, drain: bool = True) -> None:
@@ -94,6 +98,19 @@ class Server:
         if self._stop.is_set() or not drain:
             self._force.set()
         self._stop.set()
+
+    def _defeated(self) -> None:
+        """Engines die and die: leave it to whoever starts daemons, with a status that says so."""
+        log.error("engines die too often: the daemon ends")
+        self._status = Exit.DEFECT
+        self._asked_to_stop(drain=False)
+
+    def _feed_watchdog(self) -> None:
+        """Tell the service manager, well within its patience, that work makes progress."""
+        if self._manager.watchdog_s is not None:
+            if self._service.watchdog.healthy:
+                self._manager.watchdog()
+            self._loop.call_later(self._manager.watchdog_s / 3, self._feed_watchdog)
 
     def _preloaded(self, error: WireError | None) -> None:
         """A request would be served now, or told what is wrong."""
@@ -149,6 +166,8 @@ class Server:
             settings=settings,
             on_settings=self._settings_changed,
             on_shutdown=self._asked_to_stop,
+            on_defeat=self._defeated,
+            engine_deaths=settings.engine_deaths,
         )
         if settings.backend == "auto" and cuda_device_present() and not gpu_usable():
             self._service.board.notice = (

@@ -21,13 +21,15 @@ from pagedd_daemon.front.config import Settings
 from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.failover import Deaths
 from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
-from pagedd_daemon.front.models import Lease, Model, Models
+from pagedd_daemon.front.models import Lease, Model, Models, State
 from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.sessions import Sessions, Turn
 from pagedd_daemon.front.status import Board
 from pagedd_daemon.front.streams import Stream, Streams, check_ids
+from pagedd_daemon.front.watchdog import Watchdog
 from pagedd_daemon.messages import Snapshot, StepReport
 
 log = logging.getLogger("pagedd.service")
@@ -61,9 +63,12 @@ class FrontService:
         settings: Settings | None = None,
         on_settings: Callable[[Settings], None] = lambda settings: None,
         on_shutdown: Callable[[bool], None],
+        on_defeat: Callable[[], None] = lambda: None,
+        engine_deaths: int = 5,
     ) -> None:
         """``on_settings`` hears of settings that a reload replaced; ``on_shutdown`` of a client
-        that asked the daemon to end, and whether to drain."""
+        that asked the daemon to end, and whether to drain; ``on_defeat`` when ``engine_deaths``
+        engines have died within a minute and there is no other way to compute."""
         self._source = source
         self._clock = clock
         self._limits = limits
@@ -76,11 +81,24 @@ class FrontService:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self.models = Models(
-            source, clock, default, keep_alive_s, self._engine_said, self._engine_ended
+            source,
+            clock,
+            default,
+            keep_alive_s,
+            self._engine_said,
+            self._engine_ended,
+            self._engine_replaced,
+            Deaths(engine_deaths),
+            on_defeat,
         )
         self._accounts = Accounts()
-        self._streams = Streams(self.models, clock, self._apps, self._stream_over)
-        self.board = Board(self.models, self._streams, self._accounts, self._apps, clock, version)
+        self.watchdog = Watchdog(clock, self._engine_works, self._engine_stuck)
+        self._streams = Streams(
+            self.models, clock, self._apps, self._stream_over, self.watchdog.watch
+        )
+        self.board = Board(
+            self.models, self._streams, self._accounts, self._apps, clock, version, self.watchdog
+        )
         self.administration = Administration(
             self._apps, self._accounts, self.models, self.board, clock, settings, on_settings
         )
@@ -132,7 +150,7 @@ class FrontService:
         return {
             "server": self._version,
             "model": _described(model.entry, True) if model else None,
-            "notice": self.board.notice,
+            "notice": self.board.notice or self.models.notice,
         }
 
     def request(self, connection: Connection, request: r.DataRequest) -> None:
@@ -202,17 +220,39 @@ class FrontService:
 
     def _engine_said(self, message: Message) -> None:
         if isinstance(message, StepReport):
+            self.watchdog.stepped()
             self._streams.report(message)
+            if not self._streams.running:
+                self.watchdog.rest()
             self.board.stale = True
             self.transport.flush()
         elif isinstance(message, Snapshot):
+            figures = message.figures
+            self.watchdog.counted(figures.get("progress", 0), figures.get("median_step_s", 0.0))
             self.board.take(message)
 
     def _engine_ended(self, model: Model, how: str | None) -> None:
         if how is not None:
             self._streams.lost(model, how)
         self._streams.steps = 0
+        self.watchdog.renewed()
         self.board.engine_gone()
+
+    def _engine_replaced(self, model: Model, error: WireError | None) -> None:
+        if error is None:
+            self._streams.revive(model)
+        else:
+            self._streams.give_up(error)
+
+    def _engine_works(self) -> bool:
+        return self.models.state is State.READY and self._streams.working
+
+    def _engine_stuck(self, silent_s: float) -> None:
+        model = self.models.current
+        if model is not None:
+            pid, bound_s = model.engine.pid, self.watchdog.bound_s
+            log.error("engine %d: no step in %.0f s (bound %.0f s)", pid, silent_s, bound_s)
+            model.engine.kill()
 
     # ------------------------------------------------------------ life of a request
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 from array import array
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ class ModelSource:
         """What the next load of a model is made with."""
         self._registry = registry
         self._pool = pool
+        self.fallen = False
+        """Engines on the GPU died too often: the CPU computes for the rest of the daemon's life."""
         self._ram: tuple[int, int] | None = None
         """Descriptor and budget of the RAM tier's memory file."""
 
@@ -139,6 +142,7 @@ class ModelSource:
             ram_bytes=settings.ram_bytes,
             disk_bytes=settings.disk_bytes,
             disk_folder=str(settings.disk_folder or user_cache_dir("pagedd")),
+            write_through=settings.write_through,
             ram_fd=-1 if self._ram is None else self._ram[0],
             threads=settings.threads,
             kv_dtype=settings.kv_dtype,
@@ -155,9 +159,18 @@ class ModelSource:
         """What the engine is asked for: to look for a GPU only where there may be one, since
         loading torch takes seconds."""
         settings = self.settings
-        if settings.backend == "auto" and not gpu_usable():
+        if settings.backend == "auto" and (self.fallen or not gpu_usable()):
             return "llama.cpp"
         return settings.backend
+
+    def fall_back(self) -> bool:
+        """See `models.Source`. ``auto`` lets the daemon choose; who names a backend wants no
+        other."""
+        able = self._backend() == "auto" and importlib.util.find_spec("llama_cpp") is not None
+        if able:
+            self.fallen = True
+            self.forget()
+        return able
 
     async def spawn(self, listener: EngineListener) -> Engine:
         """See `models.Source`."""

@@ -15,6 +15,7 @@ from pagedd_daemon.front.metrics import Figures, histograms
 from pagedd_daemon.front.model_ports import Clock, Timer
 from pagedd_daemon.front.models import Model, Models, State
 from pagedd_daemon.front.streams import Streams
+from pagedd_daemon.front.watchdog import Watchdog
 from pagedd_daemon.messages import AskSnapshot, Snapshot
 
 FRESH_S = 0.1
@@ -37,12 +38,14 @@ class Board:
         apps: Apps,
         clock: Clock,
         version: str,
+        watchdog: Watchdog,
     ) -> None:
         self._models = models
         self._streams = streams
         self._clock = clock
         self._started = clock.time()
         self._version = version
+        self._watchdog = watchdog
         self._accounts = accounts
         self._settings = apps
         self.figures: Mapping[str, Any] = {}
@@ -114,6 +117,9 @@ class Board:
             "uptime_s": self._uptime_s(),
             "state": self.state,
             "steps": self._streams.steps,
+            "healthy": self._watchdog.healthy,
+            "silent_s": round(self._watchdog.silent_s, 1),
+            "engine_deaths": self._models.deaths.total,
         }
 
     def status(self) -> dict[str, Any]:
@@ -171,8 +177,15 @@ class Board:
         )
 
     def _degraded(self, model: Model | None) -> tuple[str | None, ...]:
-        said = model.ready.notice if model else None
-        return self.notice, said, self._models.trouble, *self.figures.get("troubles", ())
+        healthy, silent_s = self._watchdog.healthy, self._watchdog.silent_s
+        return (
+            None if healthy else f"The engine has made no step in {silent_s:.0f} s.",
+            self.notice,
+            self._models.notice,
+            model.ready.notice if model else None,
+            self._models.trouble,
+            *self.figures.get("troubles", ()),
+        )
 
     def _uptime_s(self) -> float:
         return round(self._clock.time() - self._started, 3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from pagedd_daemon.front.accounts import Account
@@ -16,6 +17,7 @@ from pagedd_daemon.front.apps import CLASSES, Apps, Standing
 from pagedd_daemon.front.calls import Call
 from pagedd_daemon.front.detokenizer import Detokenizer, PieceTable, pack_ids, unpack_ids
 from pagedd_daemon.front.errors import WireError
+from pagedd_daemon.front.failover import POISON, accounted, resumed
 from pagedd_daemon.front.measures import Measures
 from pagedd_daemon.front.model_ports import Clock, Timer, wire_error
 from pagedd_daemon.front.models import Model, Models
@@ -95,8 +97,17 @@ class Stream(Call):
         """Time of the clock."""
         self.timer: Timer | None = None
         """Of the request's deadline."""
-        self.rid = -1
-        """The engine's name for it; -1 before it is submitted."""
+        self.rids: set[int] = set()
+        """The engine's names for it: none while no engine has it, and one for each sample that goes
+        on after another engine has died."""
+        self.submitted: Submit | None = None
+        """What the engine was told first."""
+        self.deaths = 0
+        """Engines that died while they had it."""
+        self.cached_tokens = 0
+        """Of its prompt, those that the first engine found."""
+        self.times = [0.0, 0.0, 0.0]
+        """When it was submitted, begun, and had its first token."""
         self.prompt = array("i")
         self.samples: list[Sample] = []
         self.texts: list[str] = []
@@ -126,13 +137,17 @@ class Streams:
         clock: Clock,
         apps: Apps,
         over: Callable[[Stream], None],
+        working: Callable[[], None] = lambda: None,
     ) -> None:
-        """``over`` hears of every stream that ends."""
+        """``over`` hears of every stream that ends, ``working`` when the engine gets one."""
         self._models = models
         self._clock = clock
         self._apps = apps
         self._over = over
+        self._working = working
         self._by_rid: dict[int, Stream] = {}
+        self._waiting: dict[Stream, None] = {}
+        """Those that wait for an engine in place of one that died."""
         self._last_rid = 0
         self.steps = 0
         """Of the engine, since it started."""
@@ -141,8 +156,13 @@ class Streams:
 
     @property
     def running(self) -> int:
-        """Requests the engine has."""
-        return len(self._by_rid)
+        """Requests the engine has, or the one after it will have."""
+        return len(self._by_rid) + len(self._waiting)
+
+    @property
+    def working(self) -> bool:
+        """Whether the engine has a request whose client reads."""
+        return any(not stream.connection.lagging for stream in self._by_rid.values())
 
     # ------------------------------------------------------------ from the client
 
@@ -162,10 +182,8 @@ class Streams:
         pieces = model.text.pieces
         stream.samples = [Sample(pieces, stop, request.min_tokens) for _ in range(stream.n)]
         stream.prompt = prompt
-        stream.waited_ms = (self._clock.time() - stream.arrived) * 1000
-        self._last_rid += 1
-        stream.rid = self._last_rid
-        self._by_rid[stream.rid] = stream
+        stream.times[0] = self._clock.time()
+        stream.waited_ms = (stream.times[0] - stream.arrived) * 1000
         stream.emit(
             "accepted",
             {
@@ -176,33 +194,46 @@ class Streams:
         )
         standing = self._apps.stand(stream.account, stream.connection.priority, stream.n)
         stream.standing = standing
-        model.engine.send(standing.app)
-        model.engine.send(
-            Submit(
-                rid=stream.rid,
-                app=standing.app.key,
-                klass=standing.klass,
-                root=standing.app.root,
-                prompt=pack_ids(prompt),
-                n=stream.n,
-                sampling=sampling,
-                stop=stopping,
-                grammar_kind=kind,
-                grammar=grammar,
-            )
+        stream.submitted = Submit(
+            rid=0,
+            app=standing.app.key,
+            klass=standing.klass,
+            root=standing.app.root,
+            prompt=pack_ids(prompt),
+            n=stream.n,
+            sampling=sampling,
+            stop=stopping,
+            grammar_kind=kind,
+            grammar=grammar,
         )
+        self._send(stream, model)
+
+    def _send(self, stream: Stream, model: Model) -> None:
+        """Have the model's engine work on it, from where it stands."""
+        if model.down:
+            self._waiting[stream] = None
+            return
+        assert stream.submitted is not None
+        assert stream.standing is not None
+        self._working()
+        model.engine.send(stream.standing.app)
+        for submit in resumed(stream.submitted, stream.samples):
+            self._last_rid += 1
+            stream.rids.add(self._last_rid)
+            self._by_rid[self._last_rid] = stream
+            model.engine.send(replace(submit, rid=self._last_rid))
         if stream.connection.lagging:
-            model.engine.send(Pause(stream.rid))
+            self._tell(stream, Pause)
 
     def cancel(self, stream: Stream) -> None:
         """End it with ``done`` and reason ``cancelled``: at once, or when the engine has let go."""
         if stream.over or stream.cancelled:
             return
         stream.cancelled = True
-        if stream.rid < 0:
-            self._done(stream, None)
+        if not stream.rids:
+            self._done(stream, self._own_account(stream))
         else:
-            self._tell(stream, Cancel(stream.rid))
+            self._tell(stream, Cancel)
 
     def fail(self, stream: Stream, error: WireError) -> None:
         """End it with an error."""
@@ -218,29 +249,59 @@ class Streams:
             self._let_go(stream)
 
     def _let_go(self, stream: Stream) -> None:
-        if stream.rid >= 0 and not stream.cancelled:
-            self._tell(stream, Cancel(stream.rid))
+        if not stream.cancelled:
+            self._tell(stream, Cancel)
         self._end(stream, False)
 
     def pause(self, streams: Iterable[Stream], paused: bool) -> None:
         """Keep these out of steps, or let them go on."""
         for stream in streams:
-            if stream.rid >= 0 and not stream.over:
-                self._tell(stream, Pause(stream.rid) if paused else Unpause(stream.rid))
+            if not stream.over:
+                self._tell(stream, Pause if paused else Unpause)
+        self._working()
 
     def lost(self, model: Model, how: str) -> None:
-        """The engine of ``model`` died."""
-        for stream in list(self._by_rid.values()):
-            if stream.lease is None or stream.lease.model is not model:
-                continue
-            del self._by_rid[stream.rid]
-            stream.rid = -1
+        """The engine of ``model`` died: its requests wait for the next one, but for those that had
+        nothing more to wait for, and those that may be what engines die of."""
+        streams = dict.fromkeys(
+            s for s in self._by_rid.values() if s.lease is not None and s.lease.model is model
+        )
+        for stream in streams:
+            for rid in stream.rids:
+                del self._by_rid[rid]
+            stream.rids.clear()
+            stream.deaths += 1
             if stream.over:
                 self._release(stream)
-            elif stream.cancelled:
-                self._done(stream, None)
+            elif stream.cancelled or all(sample.reason for sample in stream.samples):
+                closed = self._own_account(stream)
+                if closed is not None:
+                    stream.account.closed(closed, stream.counted, stream.waited_ms)
+                self._done(stream, closed)
+            elif stream.deaths >= POISON:
+                self.fail(stream, _poison(stream, how))
             else:
-                self.fail(stream, WireError("E_ENGINE", f"the engine ended with {how}"))
+                self._waiting[stream] = None
+
+    def revive(self, model: Model) -> None:
+        """Another engine serves ``model``: those that waited for it go on."""
+        waiting, self._waiting = self._waiting, {}
+        for stream in waiting:
+            self._send(stream, model)
+
+    def give_up(self, error: WireError) -> None:
+        """No engine will take the place of the one that died."""
+        for stream in list(self._waiting):
+            self.fail(stream, error)
+
+    def _own_account(self, stream: Stream) -> Closed | None:
+        """What the front knows itself of a request that no engine can close."""
+        if stream.submitted is None:
+            return None
+        submitted, begun, first = stream.times
+        times = (submitted, begun, first, self._clock.time())
+        prompt, cached = len(stream.prompt), stream.cached_tokens
+        return accounted(prompt, cached, stream.samples, times)
 
     # ------------------------------------------------------------ from the engine
 
@@ -249,10 +310,11 @@ class Streams:
         self.steps = report.steps
         by_rid = self._by_rid
         now = self._clock.time()
-        for rid, _ in report.started:
+        for rid, cached in report.started:
             stream = by_rid.get(rid)
-            if stream is not None and not stream.over:
+            if stream is not None and not stream.over and not stream.started:
                 stream.started = True
+                stream.cached_tokens, stream.times[1] = cached, now
                 stream.account.running += 1
         for output in report.outputs:
             stream = by_rid.get(output.rid)
@@ -280,7 +342,7 @@ class Streams:
         text, stopped = sample.take(unpack_ids(tokens))
         count = len(tokens) // 4
         if stopped:
-            self._tell(stream, Finish(stream.rid, output.index, len(sample.ids)))
+            self._say(stream, Finish(output.rid, output.index, len(sample.ids)))
             count = max(0, len(sample.ids) - before)
             tokens = tokens[: 4 * count]
             logprobs = logprobs[:count] if logprobs is not None else None
@@ -304,6 +366,7 @@ class Streams:
             measures.between_tokens.add((now - sample.at) / count, count)
         elif not stream.counted:
             measures.first_token.add(now - stream.arrived)
+            stream.times[2] = now
         sample.at = now
 
     def _ended(self, stream: Stream, ended: Ended) -> None:
@@ -316,7 +379,11 @@ class Streams:
             stream.texts.append(sample.tail)
 
     def _closed(self, stream: Stream, closed: Closed) -> None:
-        stream.rid = -1
+        stream.rids.discard(closed.rid)
+        if stream.rids:
+            return  # other samples of it, requests of their own since an engine died, go on
+        if stream.deaths:
+            closed = self._own_account(stream) or closed
         stream.account.closed(closed, stream.counted, stream.waited_ms)
         if stream.standing is not None:
             waited_ms = stream.waited_ms + closed.queue_ms
@@ -327,11 +394,11 @@ class Streams:
             self._done(stream, closed)
 
     def _rejected(self, stream: Stream, rejected: Rejected) -> None:
-        stream.rid = -1
-        if stream.over:
-            self._release(stream)
-        else:
+        stream.rids.discard(rejected.rid)
+        if not stream.over:
             self.fail(stream, wire_error(rejected.code, rejected.message, rejected.details))
+        elif not stream.rids:
+            self._release(stream)
 
     # ------------------------------------------------------------ its end
 
@@ -355,6 +422,7 @@ class Streams:
     def _end(self, stream: Stream, well: bool) -> None:
         """The one way in which a stream is over for its client."""
         stream.over = True
+        self._waiting.pop(stream, None)
         if stream.started:
             stream.account.running -= 1
         if stream.standing is not None:
@@ -366,16 +434,29 @@ class Streams:
             reply = stream.samples[0].ids if stream.samples else array("i")
             stream.turn.over(well, "".join(stream.texts), reply)
         self._over(stream)
-        if stream.rid < 0:
+        if not stream.rids:
             self._release(stream)
 
     def _release(self, stream: Stream) -> None:
         if stream.lease is not None:
             self._models.release(stream.lease)
 
-    def _tell(self, stream: Stream, message: ToEngine) -> None:
+    def _tell(self, stream: Stream, kind: type[Cancel] | type[Pause] | type[Unpause]) -> None:
+        """Tell the engine, under each name that it has for the stream."""
+        for rid in stream.rids:
+            self._say(stream, kind(rid))
+
+    def _say(self, stream: Stream, message: ToEngine) -> None:
         if stream.lease is not None and stream.lease.model is not None:
             stream.lease.model.engine.send(message)
+
+
+def _poison(stream: Stream, how: str) -> WireError:
+    return WireError(
+        "E_POISON",
+        f"{stream.deaths} engines died while they had this request, the last with {how}",
+        details={"deaths": stream.deaths},
+    )
 
 
 def _check(request: Generation, prompt: array[int], model: Model) -> int:
