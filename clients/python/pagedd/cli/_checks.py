@@ -33,6 +33,8 @@ State = Literal["ok", "warn", "fail"]
 _TORCH_S = 60.0
 _LOW_DISK_BYTES = 5 * 10**9
 _LOW_MEMORY_BYTES = 2 * 10**9
+_LEAST_FILES = 4096
+"""Descriptors: each client takes five (`pagedd_daemon.front.transport`)."""
 _LEAST_CAPABILITY = (8, 0)
 """bf16 in hardware."""
 
@@ -146,7 +148,7 @@ def _memory() -> Iterator[Finding]:
 def _limits() -> Iterator[Finding]:
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = files == resource.RLIM_INFINITY
-    if not unlimited and files < 4096:
+    if not unlimited and files < _LEAST_FILES:
         advice = "Raise the hard limit of open files (nofile in /etc/security/limits.conf)."
         yield Finding("limits", "warn", f"{files} open files: few clients can connect", advice)
     else:
