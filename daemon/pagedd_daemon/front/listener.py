@@ -258,7 +258,11 @@ def _remove_stale(path: Path) -> None:
         except OSError:
             # EAGAIN: somebody listens, and has a full queue.
             pass
-    raise SocketPathError(path, "is the socket of another program that listens on it")
+    raise SocketPathError(
+        path,
+        "is the socket of another program that listens on it; if that is the service manager, the "
+        "first request starts the daemon (see 'pagedd service status')",
+    )
 
 
 # ------------------------------------------------------------------------------------- descriptors
