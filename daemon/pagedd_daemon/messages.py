@@ -41,6 +41,8 @@ class Configure:
     """Budget of the disk tier; 0: there is none."""
     disk_folder: str = ""
     """Where its file lies."""
+    disk_persist: bool = False
+    """Whether it outlives the engine (`pagedd_daemon.engine.tiers.store`)."""
     write_through: bool = True
     """Keep full blocks of live sequences in the RAM tier too, where the next engine finds them."""
     kv_dtype: str = "f16"

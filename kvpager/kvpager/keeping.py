@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import TypeAlias
 
 import numpy as np
@@ -220,6 +220,8 @@ class Keeping:
     def write_back(self, out: list[Instruction]) -> None:
         """Keep what is evicted next in the tier below too, so that evicting it loses nothing."""
         pool = self._pool
+        if pool.config.disk_persists:
+            self._save(out)
         if self._keep_on_gpu and pool.blocks.cached.count:
             depth = -(-pool.blocks.limit // _WRITE_BACK_SHARE)
             if len(pool.blocks.free) < depth and not self._transfers.writing_back:
@@ -229,6 +231,40 @@ class Keeping:
             depth = -(-pool.ram.total // _SPILL_SHARE)
             if len(pool.ram.free) < depth and not self._transfers.spilling:
                 self._spill(depth, out)
+
+    def _save(self, out: list[Instruction]) -> None:
+        """Copy to a disk that persists what has been cached since."""
+        pool = self._pool
+        on_disk = pool.index.where[Tier.DISK]
+        if pool.fresh_blocks and not self._transfers.writing_back:
+            pages: list[Page] = []
+            for block in _take(pool.fresh_blocks, _WRITE_BACK_MOST):
+                node = pool.blocks.node[block]
+                # A page that has a slot of RAM too is saved from there.
+                if block not in pool.blocks.cached or pool.below(node) is not None:
+                    continue
+                slot = pool.disk.take(swap=False, evict=Evict.OLD)
+                if slot < 0:
+                    break
+                pool.disk.name(slot, node)
+                pool.begin_write_back(block)
+                pages.append(Page(0, block, slot, self._size))
+            if pages:
+                self._transfers.begin_store(-1, Tier.DISK, pages, (), out, oldest=False)
+        if pool.fresh_slots and not self._transfers.spilling:
+            moves: list[Move] = []
+            for source in _take(pool.fresh_slots, _WRITE_BACK_MOST):
+                node = pool.ram.node[source]
+                if node < 0 or not pool.ram.ready(source) or on_disk[node] >= 0:
+                    continue
+                target = pool.disk.take(swap=False, evict=Evict.OLD)
+                if target < 0:
+                    break
+                pool.disk.name(target, node)
+                pool.ram.pin(source)
+                moves.append(Move(source, target, self._size))
+            if moves:
+                self._transfers.begin_spill(moves, out, oldest=False)
 
     def _write_back_blocks(self, depth: int, out: list[Instruction]) -> None:
         pool = self._pool
@@ -260,6 +296,14 @@ class Keeping:
             moves.append(Move(source, target, self._size))
         if moves:
             self._transfers.begin_spill(moves, out)
+
+
+def _take(waiting: deque[int], most: int) -> list[int]:
+    """Up to so many of those who wait, each once."""
+    taken: dict[int, None] = {}
+    while waiting and len(taken) < most:
+        taken[waiting.popleft()] = None
+    return list(taken)
 
 
 def _first(tier: LowerTier, depth: int) -> list[int]:

@@ -134,6 +134,8 @@ class Pager:
             self._endings.preempt(event, out)
         elif isinstance(event, Free):
             self._endings.free(event, out)
+            if self.config.disk_persists:
+                self._keeping.write_back(out)
         elif isinstance(event, Pressure):
             self._pressure(event, out)
         elif isinstance(event, Adopt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
@@ -29,6 +30,9 @@ class Pool:
         self.lower = {Tier.RAM: self.ram, Tier.DISK: self.disk}
         """The lower tiers, fastest first."""
         self.retired_epoch = -1
+        self.fresh_blocks: deque[int] = deque()
+        self.fresh_slots: deque[int] = deque()
+        """Blocks, and slots of RAM, that were cached and may not be on a disk that persists yet."""
         self.loading: dict[int, int] = {}
         """Blocks being loaded, each with its transfer."""
 
@@ -109,6 +113,8 @@ class Pool:
                 arrays.state[block] = STORING
         elif node >= 0 and block < arrays.limit:
             arrays.state[block] = CACHED
+            if self.config.disk_persists:
+                self.fresh_blocks.append(block)
             if oldest:
                 arrays.cached.push_oldest(block)
             else:

@@ -53,6 +53,9 @@ class PagerConfig:
     """Pages the RAM tier can hold."""
     disk_blocks: int = 0
     """Pages the disk tier can hold."""
+    disk_persists: bool = False
+    """Whether the disk outlives this pager: then pages are copied to it as soon as they are cached,
+    and not when they are about to be evicted."""
     block_tokens: int = 16
     """Tokens per block: 16, the paper's best (section 7.2)."""
     max_sequences: int = 0

@@ -33,6 +33,8 @@ class Transfer:
     instruction: Store | Load | Spill
     touched: tuple[Place, ...] = ()
     """Store: pages of the same prefix that were there already, pinned so that they age with it."""
+    oldest: bool = True
+    """Whether what nobody asked for is to be reclaimed next, as before, when it has been copied."""
     waiters: dict[int, SequenceState] = field(default_factory=dict)
     """Load: sequences that cannot run before it has ended."""
 
@@ -62,19 +64,22 @@ class Transfers:
         out: list[Instruction],
         *,
         through: bool = False,
+        oldest: bool = True,
     ) -> None:
         """Store ``pages``, whose slots of ``tier`` the caller has taken and named."""
         store = Store(self._number(), seq, tier, tuple(pages), through)
         for page in pages:
             self._pool.pin(page.block)
-        self.live[store.transfer] = Transfer(store, tuple(touched))
+        self.live[store.transfer] = Transfer(store, tuple(touched), oldest)
         self.writing_back += seq < 0
         out.append(store)
 
-    def begin_spill(self, moves: Sequence[Move], out: list[Instruction]) -> None:
+    def begin_spill(
+        self, moves: Sequence[Move], out: list[Instruction], *, oldest: bool = True
+    ) -> None:
         """Copy pages from RAM to disk; the caller has pinned the one and named the other slots."""
         spill = Spill(self._number(), Tier.RAM, Tier.DISK, tuple(moves))
-        self.live[spill.transfer] = Transfer(spill)
+        self.live[spill.transfer] = Transfer(spill, oldest=oldest)
         self.spilling += 1
         out.append(spill)
 
@@ -118,14 +123,14 @@ class Transfers:
         elif isinstance(instruction, Load):
             self._load_done(record, instruction, out)
         else:
-            self._spill_ended(instruction, ok=True)
+            self._spill_ended(record, instruction, ok=True)
 
     def failed(self, transfer: int, out: list[Instruction]) -> None:
         """A transfer has not happened: what it names in the lower tier is dropped."""
         record = self.live.pop(transfer)
         instruction = record.instruction
         if isinstance(instruction, Spill):
-            self._spill_ended(instruction, ok=False)
+            self._spill_ended(record, instruction, ok=False)
             return
         tier = self._pool.lower[instruction.tier]
         for page in instruction.pages:
@@ -134,7 +139,7 @@ class Transfers:
         if isinstance(instruction, Store):
             for place in record.touched:
                 place.tier.unpin(place.slot)
-            self._let_go(instruction, failed=True)
+            self._let_go(record, instruction, failed=True)
         else:
             self._load_failed(record, instruction, out)
 
@@ -148,9 +153,11 @@ class Transfers:
             place.tier.unpin(place.slot)
         self._pool.shrink_caches()
         self.stored_pages += len(filled)
-        self._let_go(store, failed=False)
+        self._let_go(record, store, failed=False)
+        if store.tier is Tier.RAM and self._pool.config.disk_persists:
+            self._pool.fresh_slots.extend(place.slot for place in filled)
 
-    def _spill_ended(self, spill: Spill, *, ok: bool) -> None:
+    def _spill_ended(self, record: Transfer, spill: Spill, *, ok: bool) -> None:
         """The copies on disk are good, or were never made; those in RAM are what they were."""
         self.spilling -= 1
         ram, disk = self._pool.lower[spill.source], self._pool.lower[spill.target]
@@ -162,14 +169,14 @@ class Transfers:
                 disk.spoil(move.target)
         for move in reversed(spill.pages):
             # Next to be reclaimed, as before; after a failure not, or it would be tried for ever.
-            ram.unpin(move.source, oldest=ok)
+            ram.unpin(move.source, oldest=ok and record.oldest)
         self._pool.shrink_caches()
 
-    def _let_go(self, store: Store, *, failed: bool) -> None:
+    def _let_go(self, record: Transfer, store: Store, *, failed: bool) -> None:
         """The blocks of an ended store; those of a write-back return to the end they came from."""
         # After a failure they go to the other end, or the same store would be tried for ever.
         self.writing_back -= store.seq < 0
-        oldest = store.seq < 0 and not failed
+        oldest = store.seq < 0 and not failed and record.oldest
         for page in reversed(store.pages):
             self._pool.unpin(page.block, oldest=oldest)
 

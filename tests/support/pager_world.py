@@ -103,6 +103,7 @@ class World:
                 gpu_blocks=rng.randint(6, 14),
                 ram_blocks=rng.choice((4, 40)),
                 disk_blocks=rng.choice((0, 40)),
+                disk_persists=rng.random() < 0.3,
                 block_tokens=rng.choice((1, 2)),
                 growth_margin=0.0,
             )
@@ -110,6 +111,7 @@ class World:
             gpu_blocks=rng.randint(3, 20),
             ram_blocks=rng.choice((0, 2, 6, 12, 30)),
             disk_blocks=rng.choice((0, 0, 4, 16)),
+            disk_persists=rng.random() < 0.3,
             block_tokens=rng.choice((1, 2, 4, 4)),
             max_sequences=rng.choice((0, 0, 3, 6)),
             keep_cached_on_gpu=rng.random() < 0.6,

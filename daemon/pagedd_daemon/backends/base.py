@@ -64,6 +64,8 @@ class Capabilities:
     """See `kvpager.types.PagerConfig.keep_cached_on_gpu`."""
     disk_blocks: int = 0
     """Pages the disk tier has room for."""
+    disk_persists: bool = False
+    """Whether the disk tier outlives the engine."""
     constrains: bool = False
     """Whether its draws keep to the grammars of samplers (`pagedd_daemon.engine.grammar`)."""
     notice: str = ""

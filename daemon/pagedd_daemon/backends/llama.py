@@ -192,6 +192,7 @@ class LlamaBackend:
             gpu_blocks=blocks,
             ram_blocks=Extents.slots_for(configure.ram_bytes, block_bytes),
             disk_blocks=disk.slots,
+            disk_persists=disk.persists,
             block_tokens=BLOCK_TOKENS,
             block_bytes=block_bytes,
             max_sequences=api.SEQUENCE_IDS - TEMPORARY_IDS,

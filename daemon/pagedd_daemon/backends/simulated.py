@@ -203,6 +203,7 @@ class SimulatedBackend:
             gpu_blocks=blocks,
             ram_blocks=configure.ram_bytes // (BLOCK_TOKENS * BYTES_PER_TOKEN),
             disk_blocks=disk.slots,
+            disk_persists=disk.persists,
             block_tokens=BLOCK_TOKENS,
             block_bytes=BLOCK_TOKENS * BYTES_PER_TOKEN,
             max_sequences=0,

@@ -116,6 +116,15 @@ class Engine:
         """Stores and loads that have not ended."""
         return self._pool.transfers_in_flight
 
+    @property
+    def saving(self) -> bool:
+        """Whether pages are on their way to a disk that outlives the engine."""
+        return self._caps.disk_persists and self.transfers_in_flight > 0
+
+    def settle(self) -> None:
+        """Hear of transfers that have ended, and begin those that follow."""
+        self._scheduler.settle()
+
     def validate(self) -> None:
         """Check the pager's invariants.
 

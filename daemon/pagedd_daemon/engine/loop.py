@@ -23,6 +23,9 @@ _TRANSFER_WAIT_S = 0.0005
 """Nap when nobody can run before a transfer ends."""
 _BLOCKED_WAIT_S = 0.010
 """Nap when nobody can run although nothing is under way: only a message can change that."""
+_SAVE_S = 2.0
+"""Seconds that the end of an engine waits for copies to a store that persists; the front gives an
+engine five in all."""
 _RECEIVE_BYTES = 1 << 20
 
 
@@ -104,6 +107,7 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
     while True:
         for message in messages:
             if isinstance(message, m.Shutdown):
+                _save(engine)
                 return
             if isinstance(message, m.AskSnapshot):
                 link.send(engine.snapshot())
@@ -119,6 +123,14 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
         else:
             timeout = _TRANSFER_WAIT_S if engine.transfers_in_flight else _BLOCKED_WAIT_S
         messages = link.receive(timeout)
+
+
+def _save(engine: Engine) -> None:
+    """Let what is on its way to a store that persists arrive, for a while."""
+    end = time.monotonic() + _SAVE_S
+    while engine.saving and time.monotonic() < end:
+        engine.settle()
+        time.sleep(_TRANSFER_WAIT_S)
 
 
 class _Snapshots:

@@ -48,6 +48,7 @@ class Pool:
                 gpu_blocks=caps.gpu_blocks,
                 ram_blocks=caps.ram_blocks,
                 disk_blocks=caps.disk_blocks,
+                disk_persists=caps.disk_persists,
                 block_tokens=caps.block_tokens,
                 max_sequences=caps.max_sequences,
                 keep_cached_on_gpu=caps.keep_cached_on_gpu,

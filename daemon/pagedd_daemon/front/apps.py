@@ -37,11 +37,20 @@ class Standing:
 class Apps:
     """Settings of all apps, and what they mean for a request."""
 
-    def __init__(self, config: ConfigFile | None = None, path: Path | None = None) -> None:
-        """``path`` is where changes are written to; without one there can be none."""
+    def __init__(
+        self,
+        config: ConfigFile | None = None,
+        path: Path | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        """Settings, and where changes to them are written; without ``path`` there can be none.
+
+        ``secret``: 32 bytes that namespaces come from, where they are to be the same after a
+        restart; None: random ones.
+        """
         self.config = config or ConfigFile()
         self._path = path
-        self._secret = secrets.token_bytes(32)
+        self._secret = secret or secrets.token_bytes(32)
         self._interactive: dict[tuple[int, str], int] = {}
         """Samples of unknown apps in the interactive class, by user and program."""
 
@@ -114,7 +123,8 @@ class Apps:
         )
 
     def _salt(self, account: Account) -> bytes:
-        """The namespace of the app's prefixes: not to be guessed, and another after a restart.
+        """The namespace of the app's prefixes: not to be guessed, and another after a restart
+        unless a store of prefixes outlives it.
 
         By the executable rather than the scope, whose name is another at each start of the app.
         """

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from platformdirs import user_cache_dir, user_state_dir
+
 BACKENDS = ("auto", "torch", "llama.cpp", "simulated")
 KV_DTYPES = ("f16", "f32")
 
@@ -59,7 +61,9 @@ class Settings:
     """Bytes of the disk tier's file; 0: there is none. They are allocated when a model is loaded,
     so nobody's disk is filled unasked."""
     disk_folder: Path | None = None
-    """Where that file lies; None: `pagedd`'s folder for caches."""
+    """Where that file lies; None: `pagedd`'s folder for caches, or for state if it persists."""
+    disk_persist: bool = False
+    """Whether it is a store of prefixes that outlives the daemon."""
     threads: int = 0
     """CPU threads that compute where no GPU does; 0: the number of physical cores."""
     context_tokens: int = 0
@@ -121,6 +125,12 @@ class Settings:
             value = getattr(self, name)
             if math.isnan(value) or value < 0:
                 raise ConfigError(f"{name} must be a number of seconds, 0 or more")
+
+
+def disk_place(folder: Path | None, persist: bool) -> Path:
+    """Where the file of the disk tier lies: in ``folder``, or where such files belong."""
+    base = user_state_dir if persist else user_cache_dir
+    return folder or Path(base("pagedd"))
 
 
 def cuda_device_present(exists: Callable[[str], bool] = os.path.exists) -> bool:

@@ -86,6 +86,8 @@ def _contradictions(config: ConfigFile) -> list[tuple[tuple[str, ...], str]]:
     if config.serve.kv_tokens and floors > config.serve.kv_tokens:
         why = f"at least {floors}, the sum of all kv_floor"
         problems.append((("serve", "kv_tokens"), why))
+    if config.disk.persist and not config.disk.budget_gb:
+        problems.append((("disk", "persist"), "a budget_gb above 0 beside it"))
     return problems
 
 

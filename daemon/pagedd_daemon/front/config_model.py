@@ -173,11 +173,20 @@ class DiskSettings(Table):
         About("", "next load", "absolute path", "the folder for caches"),
     ] = None
     """The folder of the file. It has no name there, and is gone with the engine."""
+    persist: Annotated[bool, About("", "restart", "`true` or `false`")] = False
+    """Keep the file: after a restart of the daemon a resent history finds its KV. It holds what was
+    read and written with the model, in a form that can be turned back into text; it is private to
+    you (0600), in the folder for state unless `path` says otherwise, and kept until
+    `pagedd cache clear`. Loading another model makes it anew."""
 
     def as_settings(self) -> dict[str, Any]:
         """Fields of `pagedd_daemon.front.config.Settings`."""
         folder = None if self.path is None else Path(self.path)
-        return {"disk_bytes": int(self.budget_gb * 10**9), "disk_folder": folder}
+        return {
+            "disk_bytes": int(self.budget_gb * 10**9),
+            "disk_folder": folder,
+            "disk_persist": self.persist,
+        }
 
 
 FIELDS: Mapping[str, str] = {
@@ -187,6 +196,7 @@ FIELDS: Mapping[str, str] = {
     "drain": "drain_s",
     "budget_gb": "disk_bytes",
     "path": "disk_folder",
+    "persist": "disk_persist",
 }
 """Keys of ``[serve]`` and ``[disk]`` that have another name as a field of `Settings`."""
 

@@ -21,7 +21,13 @@ from pagedd._version import __version__
 from pagedd_daemon.front.activation import inherited
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.auth import AuthenticationBroken
-from pagedd_daemon.front.config import ConfigError, Settings, cuda_device_present, gpu_usable
+from pagedd_daemon.front.config import (
+    ConfigError,
+    Settings,
+    cuda_device_present,
+    disk_place,
+    gpu_usable,
+)
 from pagedd_daemon.front.config_file import load
 from pagedd_daemon.front.config_model import ConfigFile
 from pagedd_daemon.front.errors import WireError
@@ -33,6 +39,7 @@ from pagedd_daemon.front.service import FrontService
 from pagedd_daemon.front.source import ModelSource
 from pagedd_daemon.front.transport import ZmqTransport
 from pagedd_daemon.models.registry import Registry
+from pagedd_daemon.private_files import KEY_NAME, secret
 
 log = logging.getLogger("pagedd")
 
@@ -150,7 +157,12 @@ class Server:
             config = load(settings.config_file) if settings.config_file else ConfigFile()
         except ConfigError as error:
             return _refuse(Exit.CONFIG, str(error))
-        apps = Apps(config, settings.config_file)
+        try:
+            store = disk_place(settings.disk_folder, settings.disk_persist)
+            key = secret(store / KEY_NAME) if settings.disk_persist else None
+        except OSError as error:
+            return _refuse(Exit.CONFIG, f"the store of prefixes cannot be used: {error}")
+        apps = Apps(config, settings.config_file, key)
         try:
             default = await source.default()
         except WireError as error:

@@ -8,9 +8,7 @@ import os
 from array import array
 from collections.abc import Sequence
 
-from platformdirs import user_cache_dir
-
-from pagedd_daemon.front.config import Settings, gpu_usable
+from pagedd_daemon.front.config import Settings, disk_place, gpu_usable
 from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
 from pagedd_daemon.front.engine_link import Engine, EngineListener, EngineProcess
 from pagedd_daemon.front.errors import WireError
@@ -140,8 +138,9 @@ class ModelSource:
             context_tokens=settings.context_tokens,
             kv_tokens=settings.kv_tokens,
             ram_bytes=settings.ram_bytes,
+            disk_persist=settings.disk_persist,
             disk_bytes=settings.disk_bytes,
-            disk_folder=str(settings.disk_folder or user_cache_dir("pagedd")),
+            disk_folder=str(disk_place(settings.disk_folder, settings.disk_persist)),
             write_through=settings.write_through,
             ram_fd=-1 if self._ram is None else self._ram[0],
             threads=settings.threads,

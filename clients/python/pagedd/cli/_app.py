@@ -78,7 +78,17 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 _MODULES = (
-    *("_act", "_apps", "_ask", "_completion", "_config", "_doctor", "_metrics", "_models"),
+    *(
+        "_act",
+        "_apps",
+        "_ask",
+        "_cache",
+        "_completion",
+        "_config",
+        "_doctor",
+        "_metrics",
+        "_models",
+    ),
     *("_plan", "_pull", "_serve", "_service", "_show", "_top"),
 )
 

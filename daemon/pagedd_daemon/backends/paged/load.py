@@ -191,7 +191,7 @@ def serve(model: Model, wishes: Wishes, report: LoadReport | None = None) -> Pag
     store = RamStore(wishes.ram_fd, wishes.ram_bytes, binding, caps.ram_blocks)
     ram = RamTier(store, caps.ram_blocks, page_values, shape.dtype, lock=cuda)
     disk = open_disk(wishes.disk, binding, round_up(shape.block_bytes), pieces=False)
-    caps = replace(caps, disk_blocks=disk.slots)
+    caps = replace(caps, disk_blocks=disk.slots, disk_persists=disk.persists)
     return PagedBackend(model, arena, ram, disk, caps, runner, buckets, counter, report)
 
 

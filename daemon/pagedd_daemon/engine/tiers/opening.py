@@ -11,6 +11,7 @@ from pagedd_daemon.engine.tiers.disk import DiskTier
 from pagedd_daemon.engine.tiers.diskfile import READERS, DiskFile
 from pagedd_daemon.engine.tiers.diskspace import swap_space
 from pagedd_daemon.engine.tiers.records import RECORD_BYTES, TABLE_OFFSET, Shape, TierFormatError
+from pagedd_daemon.engine.tiers.store import store_space
 from pagedd_daemon.messages import Configure
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 _EXTENT_SHARE = 7 / 8
 """Of the file that pages take where several are kept in one piece: an eighth is left for pages
 that nobody wants any more."""
+
+_FLUSH_S = 1.0
+"""Seconds that the end of an engine waits for what is still to be written to the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +32,13 @@ class DiskWishes:
     """0: there is none."""
     folder: str = ""
     """Where its file lies."""
+    persist: bool = False
+    """Whether it is the prefix store, which stays when the engine ends."""
 
     @classmethod
     def of(cls, configure: Configure) -> DiskWishes:
         """What ``configure`` says of it."""
-        return cls(configure.disk_bytes, configure.disk_folder)
+        return cls(configure.disk_bytes, configure.disk_folder, configure.disk_persist)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class Disk:
     tier: DiskTier | None = None
     slots: int = 0
     notice: str = ""
+    persists: bool = False
 
     def counters(self) -> dict[str, int]:
         """Figures for ``stats``."""
@@ -50,7 +57,7 @@ class Disk:
     def close(self) -> None:
         """Let go of it."""
         if self.tier is not None:
-            self.tier.close()
+            self.tier.close(_FLUSH_S if self.persists else 0.0)
 
     def troubles(self) -> list[str]:
         """What is not as it was wished for, for people."""
@@ -74,7 +81,8 @@ def open_disk(
     """
     if not wishes.bytes:
         return Disk()
-    space = swap_space(Path(wishes.folder), wishes.bytes)
+    make = store_space if wishes.persist else swap_space
+    space = make(Path(wishes.folder), wishes.bytes)
     if space.descriptor < 0:
         log.warning("%s", space.notice)
         return Disk(notice=space.notice)
@@ -89,4 +97,4 @@ def open_disk(
         return Disk(notice=f"there is no disk tier: {error}")
     if space.notice:
         log.warning("%s", space.notice)
-    return Disk(DiskTier(file), slots, space.notice)
+    return Disk(DiskTier(file), slots, space.notice, wishes.persist)

@@ -123,6 +123,20 @@ class Shape:
         return fields + _CRC.pack(zlib.crc32(fields))
 
 
+HEADER_BYTES = _HEADER.size + _CRC.size
+
+
+def read_header(raw: bytes, total_bytes: int) -> Shape | None:
+    """What a file of ``total_bytes`` beginning with ``raw`` is made for; None if it is no tier."""
+    if len(raw) < HEADER_BYTES or not raw.startswith(_MAGIC):
+        return None
+    slots, binding = _HEADER.unpack_from(raw)[3:5]
+    if TABLE_OFFSET + slots * RECORD_BYTES > total_bytes:
+        return None
+    shape = Shape(binding, slots, total_bytes)
+    return shape if raw[:HEADER_BYTES] == shape.header() else None
+
+
 def bind(*parts: bytes | str | int) -> bytes:
     """A digest of what the bytes of a page depend on: model, KV type, layout, library version."""
     digest = hashlib.sha256(b"pagedd tier %d" % LAYOUT_VERSION)
@@ -191,7 +205,8 @@ class RecordTable:
             at = self._at(first)
             part = bytes(self._buffer[at : at + count * RECORD_BYTES])
             for i in range(count):
-                record = self._read(first + i, part[i * RECORD_BYTES : (i + 1) * RECORD_BYTES])
+                raw = part[i * RECORD_BYTES : (i + 1) * RECORD_BYTES]
+                record = read_record(self._shape, first + i, raw)
                 if record is not None:
                     found.append(record)
         found.sort(key=lambda record: record.generation)
@@ -219,14 +234,16 @@ class RecordTable:
         )
         return body.ljust(RECORD_BYTES - _STATE_AT, b"\0")
 
-    def _read(self, slot: int, raw: bytes) -> Record | None:
-        if raw[_STATE_AT] != COMMITTED:
-            return None
-        if _CRC.unpack_from(raw)[0] != zlib.crc32(raw[_STATE_AT:]):
-            return None
-        fields = _RECORD.unpack_from(raw, _STATE_AT)
-        _, generation, own, tokens, start, whole, offset, length, crc, digest, before = fields
-        if own != slot or not length or not tokens or offset + length > self._shape.data_bytes:
-            return None
-        name = PageName(digest, None if before == _NONE else before)
-        return Record(slot, name, tokens, offset, length, start, whole, crc, generation)
+
+def read_record(shape: Shape, slot: int, raw: bytes) -> Record | None:
+    """The record in the `RECORD_BYTES` of a slot; None where it is not whole, or out of bounds."""
+    if raw[_STATE_AT] != COMMITTED:
+        return None
+    if _CRC.unpack_from(raw)[0] != zlib.crc32(raw[_STATE_AT:]):
+        return None
+    fields = _RECORD.unpack_from(raw, _STATE_AT)
+    _, generation, own, tokens, start, whole, offset, length, crc, digest, before = fields
+    if own != slot or not length or not tokens or offset + length > shape.data_bytes:
+        return None
+    name = PageName(digest, None if before == _NONE else before)
+    return Record(slot, name, tokens, offset, length, start, whole, crc, generation)
