@@ -35,6 +35,7 @@ def commands(page: Path) -> list[Command]:
     return [Command(page.name, line[2:]) for line in lines if line.startswith("$ ")]
 
 
+SERVING = ("pagedd serve", "pagedd metrics --listen")
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
@@ -64,6 +65,7 @@ def desk() -> Iterator[Desk]:
             path.chmod(0o755)
         # The default model is taken from the installed package: no network.
         env = {**daemon.env, "PATH": f"{folder}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+        env["HOME"] = folder
         yield Desk(daemon, env)
 
 
@@ -72,6 +74,9 @@ def test_every_command_of_a_page_works(desk: Desk, page: Path) -> None:
     for command in commands(page):
         if command.line.startswith("pip install"):
             _is_ours(command)
+            continue
+        if command.line.startswith(SERVING):
+            _serves(desk, command)
             continue
         done = subprocess.run(
             ["sh", "-c", command.line],
@@ -83,6 +88,30 @@ def test_every_command_of_a_page_works(desk: Desk, page: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def _serves(desk: Desk, command: Command) -> None:
+    """What runs until it is ended says first that it serves, and ends well."""
+    line = command.line.replace(":9178", ":0")  # somebody may have that port
+    env = desk.env
+    if line.startswith("pagedd serve"):  # beside the one that runs
+        env = {name: value for name, value in env.items() if name != "PAGEDD_HOST"}
+    process = subprocess.Popen(shlex.split(line), env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        said = []
+        for text in process.stderr:
+            said.append(text)
+            if "serving " in text or "serves in " in text:
+                break
+        else:
+            raise AssertionError(f"{command}\n{''.join(said)}")
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode in (0, 130), command
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _is_ours(command: Command) -> None:

@@ -37,6 +37,7 @@ def metrics(listen: str | None, json_: bool, host: str | None, timeout: float) -
             click.echo(text, nl=False)
         return
     address, port = loopback(listen)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     server = _Server(address, port, host, timeout)
     bound = server.server_address[1]
     where = f"http://{address if ':' not in address else f'[{address}]'}:{bound}/metrics"
@@ -44,7 +45,6 @@ def metrics(listen: str | None, json_: bool, host: str | None, timeout: float) -
         out.print_json({"listening": where})
     else:
         click.echo(f"serving {where}", err=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         server.serve_forever()
     finally:
