@@ -20,6 +20,14 @@ def test_a_chunk_beside_decodes_fills_the_step_and_no_more() -> None:
     assert abs(0.020 + budget * 0.002 - DECODE_TARGET_S) < 0.02
 
 
+def test_the_short_ends_of_prompts_do_not_have_the_next_one_cut() -> None:
+    cost = StepCost()
+    for _ in range(20):
+        cost.observe(0, 6000, 0.150)
+        cost.observe(0, 16, 0.008)
+    assert cost.prefill_budget(0, 8192, 32, PREFILL_TARGET_S) == 8192
+
+
 def test_without_decodes_a_step_may_take_longer() -> None:
     budget = learned(0.020, 0.002, mixed=False).prefill_budget(0, 512, 32, PREFILL_TARGET_S)
     assert abs(budget * 0.002 - PREFILL_TARGET_S) < 0.05

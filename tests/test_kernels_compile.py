@@ -20,4 +20,12 @@ def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
-    assert {"_decode", "_varlen", "_merge", "_rope_write", "_linear", "search"} <= compiled
+    assert {
+        "_decode",
+        "_varlen",
+        "_merge",
+        "_rope_write",
+        "_linear",
+        "decide",
+        "_likelihoods",
+    } <= compiled

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from pagedd_kernels import references
 from pagedd_kernels.gpu import sampling as sampler
-from pagedd_kernels.gpu.decode import _work_of, decode_attention
+from pagedd_kernels.gpu import searching
+from pagedd_kernels.gpu.decode import _shared_counters, decode_attention
+from pagedd_kernels.gpu.division import division
 from pagedd_kernels.gpu.softmax import Parts
 from pagedd_kernels.gpu.varlen import varlen_attention
+from pagedd_kernels.plans import DecodePlan
 from tests.support.kernel_checks import Target, checks, sampling
 from tests.support.kernels import close, shape_of, world
 
@@ -52,36 +53,55 @@ def test_draws_from_more_than_are_sorted_are_too(
     monkeypatch.setattr(sampler, "CAPACITY", 32)
     monkeypatch.setattr(sampler, "CHUNK", 16)
     monkeypatch.setattr(sampler, "BLOCK", 128)
+    monkeypatch.setattr(searching, "_PROGRAMS", 64)  # as with many rows: several pieces each
     sampling(FLOAT32, 250, spread, rows=8)
 
 
 def test_parts_go_to_the_long_sequences() -> None:
-    lens = torch.tensor([5, 400, 0, 90, 16], dtype=torch.int32)
-    items, spare = 9, 4
-    division = torch.zeros(items, 5, dtype=torch.int32)
-    _division[(items,)](division, lens, lens, 5, spare, 32, 16, 16)
-    # 511 keys in 4 parts are 128 each: four for the long one, one for everybody else, padding too.
-    assert division[:, :3].tolist() == [
-        [0, 0, 1], [1, 0, 4], [1, 1, 4], [1, 2, 4], [1, 3, 4], [2, 0, 1], [3, 0, 1], [4, 0, 1],
-        [16, 8, 0],
+    w = world(shape_of(2, 1, 16), [(1, 5), (1, 400), (1, 0), (1, 90), (1, 16)])
+    plan = DecodePlan(tile=16, warps=4, stages=2, spare=4, min_chunk=32)
+    work = division(w.batch, w.shape, plan, layer=0)
+    # 511 keys in 4 parts are 128 each: four for the long one, of which none is longer than 112, and
+    # one for everybody else, padding too. Sequence, row, from, to, parts, first item.
+    assert work[:8, :6].tolist() == [
+        [0, 0, 0, 5, 1, 0],
+        [1, 1, 0, 112, 4, 1], [1, 1, 112, 224, 4, 1], [1, 1, 224, 336, 4, 1],
+        [1, 1, 336, 400, 4, 1],
+        [2, 2, 0, 0, 1, 5], [3, 3, 0, 90, 1, 6], [4, 4, 0, 16, 1, 7],
     ]  # fmt: skip
-    assert division[0, 4] == 128
+    assert work[8, 4] == 0
+    blocks = w.batch.block_tables[1]
+    assert work[2, 6] == blocks[7], "and the blocks of a part's first tile"
+    windowed = replace(w.shape, window=50)
+    assert division(w.batch, windowed, plan, layer=0)[1:4, 2:5].tolist() == [
+        [350, 382, 2], [382, 400, 2], [0, 0, 1],
+    ]  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _division(
-    out: Any, starts: Any, lens: Any, sequences: Any, spare: Any, least: Any,
-    tile: tl.constexpr, width: tl.constexpr,
-) -> None:  # fmt: skip
-    item = tl.program_id(0)
-    seq, part, count, begin, chunk = _work_of(
-        item, starts, lens, sequences, 0, spare, least, tile, width, False
-    )
-    tl.store(out + item * 5, seq)
-    tl.store(out + item * 5 + 1, part)
-    tl.store(out + item * 5 + 2, count)
-    tl.store(out + item * 5 + 3, begin)
-    tl.store(out + item * 5 + 4, chunk)
+def test_single_tokens_of_a_mixed_step_are_divided_and_prompts_are_not() -> None:
+    w = world(shape_of(2, 1, 16), [(7, 40), (1, 70), (3, 0), (1, 20)])
+    plan = DecodePlan(tile=16, warps=4, stages=2, spare=2, min_chunk=16)
+    work = division(w.batch, w.shape, plan, layer=0)
+    assert work[:3, [0, 1, 4]].tolist() == [[1, 7, 2], [1, 7, 2], [3, 11, 1]]
+    assert not work[3:, 4].any()
+
+
+def test_a_division_serves_the_layers_above_the_one_that_made_it() -> None:
+    w = world(shape_of(2, 1, 16), [(1, 5), (1, 400)])
+    plan = DecodePlan(tile=16, warps=4, stages=2, spare=4, min_chunk=32)
+    made = division(w.batch, w.shape, plan, layer=0)
+    w.batch.context_lens.fill_(3)
+    assert division(w.batch, w.shape, plan, layer=1) is made
+    assert division(w.batch, w.shape, plan, layer=0)[:2, 3].tolist() == [3, 3]
+
+
+def test_merging_leaves_the_counters_as_they_were() -> None:
+    w = world(shape_of(4, 2, 16), [(1, 200), (1, 90)])
+    plan = DecodePlan(tile=16, warps=2, stages=2, spare=9, min_chunk=16)
+    expected = references.paged_attention(w.q, w.kv, 1, w.batch, w.shape)
+    for _ in range(2):
+        close(decode_attention(w.q, w.kv, 1, w.batch, w.shape, plan=plan), expected, 1e-5)
+    assert not _shared_counters(w.q.device).any()
 
 
 def test_blocks_beyond_two_to_the_31st_element_are_found() -> None:

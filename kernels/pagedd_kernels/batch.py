@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -34,6 +34,10 @@ class StepBatch:
     """Upper bound of the tokens of one sequence; 1: every sequence decodes."""
     max_context: int
     """Upper bound of ``context_lens``. Launch plans use it; lengths are never read back."""
+    divisions: dict[tuple[int, ...], tuple[int, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What the kernels of one layer worked out and those of the layers above need again."""
 
     @property
     def num_tokens(self) -> int:

@@ -15,7 +15,20 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pagedd_kernels import AttentionShape, Penalties, SampleParams
-from pagedd_kernels.gpu import blocks, device, gating, linear, norm, rope, sampling
+from pagedd_kernels.gpu import (
+    blocks,
+    decode,
+    device,
+    division,
+    gating,
+    linear,
+    norm,
+    rope,
+    sampling,
+    searching,
+    softmax,
+    varlen,
+)
 from pagedd_kernels.gpu.decode import decode_attention
 from pagedd_kernels.gpu.varlen import varlen_attention
 from pagedd_kernels.plans import LinearPlan
@@ -63,6 +76,11 @@ def compile_launch(
     print(kernel.__name__, shared)
 
 
+def _overlap(_: torch.device) -> dict[str, bool]:
+    """What `device.overlap` says of Hopper."""
+    return {"EARLY": True, "launch_pdl": True}
+
+
 MIXED = [(700, 700), (1, 9)]
 DECODING = ([(1, 900)] * 4, [(1, 30)] * 70)
 
@@ -79,6 +97,8 @@ def main() -> None:
     JITFunction.run = compile_launch
     device.multiprocessors.cache_clear()
     device.INTERPRETED_MULTIPROCESSORS = 132
+    for module in (decode, division, gating, linear, norm, rope, searching, softmax, varlen):
+        vars(module)["overlap"] = _overlap
     llama, odd = shape_of(32, 8, 128), shape_of(9, 3, 80, window=20, soft_cap=3.0)
     _attention(llama, MIXED, *DECODING)
     _attention(odd, MIXED)
@@ -95,9 +115,10 @@ def main() -> None:
     gating.gated(x, "gelu_tanh")
     blocks.copy_blocks(w.kv, torch.tensor([1]), torch.tensor([2]))
     linear.linear(x, x, LinearPlan(32, 128, warps=4, stages=3))
+    linear.linear(x[:, :200].contiguous(), x[:, :200].contiguous(), LinearPlan(16, 64, 2, 3))
     logits, one = torch.randn(2, 128256), torch.ones(2)
     half = one.double() / 2
-    sampling.sample(logits.bfloat16(), SampleParams())
+    sampling.sample(logits.bfloat16(), SampleParams(logprobs=5))
     sampling.sample(logits, SampleParams(one, half))
     sampling.sample(logits, SampleParams(one, half, one.int(), half, half))
     counts = torch.zeros(2, 128256, dtype=torch.int32)

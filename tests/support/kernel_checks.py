@@ -283,6 +283,7 @@ def gpu_checks(target: Target) -> dict[str, Callable[[], None]]:
     for vocab in (700, 32000, 128256):
         for spread in (0.3, 3.0):
             found[f"sampling, {vocab} x {spread}"] = partial(sampling, target, vocab, spread)
+    found["sampling of many rows"] = partial(sampling, target, 32000, 1.0, rows=80)
     return found
 
 

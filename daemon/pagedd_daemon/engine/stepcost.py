@@ -25,7 +25,7 @@ class StepCost:
 
     def __init__(self) -> None:
         self._decode_s = 0.0
-        self._per_token_s = 0.0
+        self._chunk_tokens = self._chunk_s = 0.0
         self._seen: deque[tuple[int, int, float]] = deque(maxlen=_FIT_STEPS)
         self._observed = 0
         self._fixed_s = self._per_decode_s = self._fit_token_s = 0.0
@@ -41,12 +41,19 @@ class StepCost:
             self._decode_s = _smooth(self._decode_s, seconds)
             return
         rest = seconds - (self._decode_s if decodes else 0.0)
-        self._per_token_s = _smooth(self._per_token_s, max(rest, 0.1 * seconds) / prefill_tokens)
+        # Both are averaged, and not their ratio: the last 16 tokens of a prompt take as long as the
+        # weights take to read, which says nothing of what 6,000 take, and would have those cut.
+        self._chunk_tokens = _smooth(self._chunk_tokens, prefill_tokens)
+        self._chunk_s = _smooth(self._chunk_s, max(rest, 0.1 * seconds))
         if decodes:
             # Where every step has prompts this is all there is to learn of decoding, and without
             # it one slow step would keep the chunks small for ever.
             rest = seconds - self._per_token_s * prefill_tokens
             self._decode_s = _smooth(self._decode_s, max(rest, 0.0))
+
+    @property
+    def _per_token_s(self) -> float:
+        return self._chunk_s / self._chunk_tokens if self._chunk_tokens else 0.0
 
     def prefill_budget(self, decodes: int, most: int, least: int, target_s: float) -> int:
         """Prompt tokens the next step may compute beside ``decodes`` decoding sequences, to take

@@ -252,6 +252,7 @@ def sorted_keys(keys, count, CAPACITY: tl.constexpr):
         "min_p",
         "tokens",
         "pending",
+        "remaining",
     ],
 )
 def draw(
@@ -267,13 +268,15 @@ def draw(
     min_p,
     tokens,
     pending,
+    remaining,
     vocab,
     CAPACITY: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     MIN_P: tl.constexpr,
 ):
-    """Decide the rows whose candidates suffice, and mark the others as pending."""
+    """Decide the rows whose candidates suffice, and mark the others as pending; their masses are
+    what `search` begins with."""
     row = tl.program_id(0)
     floor = tl.load(floors + row)
     count = tl.load(counters + row)
@@ -329,3 +332,5 @@ def draw(
             tl.store(tokens + row, tl.sum(tl.where(at == chosen, ids, 0), 0))
         left = decided == 0
     tl.store(pending + row, left.to(tl.int32))
+    tl.store(remaining + row, tl.load(row_masses + row))
+    tl.store(remaining + tl.num_programs(0) + row, tl.load(row_hot_masses + row))

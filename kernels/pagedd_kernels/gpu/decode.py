@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pagedd_kernels.batch import AttentionShape, StepBatch
-from pagedd_kernels.gpu.device import multiprocessors
-from pagedd_kernels.gpu.softmax import Parts, blocks_of, offsets_of, scores_of, take_in
-from pagedd_kernels.plans import FEW, ROWS, DecodePlan, decode_plan, power_of_two
+from pagedd_kernels.gpu.device import begin, let_next, multiprocessors, overlap
+from pagedd_kernels.gpu.division import FIELDS, division
+from pagedd_kernels.gpu.softmax import blocks_of, factor_of, scores_of, take_in
+from pagedd_kernels.plans import ROWS, DecodePlan, decode_plan, power_of_two
 
-# Lengths change with every step, and metadata lies wherever the runner packs it: neither may
+# The width changes with what is served. Metadata lies wherever the runner packs it: neither may
 # lead to another compilation in traffic.
-_CHANGING = ["layer", "width", "window", "sequences", "spare", "min_chunk"]
-_METADATA = ["tables", "starts", "lens", "values", "peaks", "totals", "used"]
+_CHANGING = ["layer", "width"]
+_METADATA = ["work", "tables", "values", "peaks", "totals", "counters"]
+_FIELDS = tl.constexpr(FIELDS)
+_COUNTERS = 1 << 16
+_MERGED_AT_ONCE, _MERGED_BY_FEW = 4096, 16384
+"""Numbers of parts that a program has in flight while it merges: 32 registers of each thread, or
+128. With 64 already fewer programs shared a multiprocessor, and 64 sequences of 1,024 tokens took
+82 us instead of 66; where two of them share one anyway, the parts of a long sequence are merged in
+one go."""
 
 
 @triton.jit
-def _work_of(
-    item, starts, lens, sequences, window, spare, min_chunk,
-    TILE: tl.constexpr, SEQUENCES: tl.constexpr, MIXED: tl.constexpr,
+def _merged(
+    values, peaks, totals, first, count, kv_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    DIM: tl.constexpr, PAD: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """What program ``item`` does: its sequence, part, number of parts, first item of the sequence,
-    and keys per part.
+    """What ``count`` parts from ``first`` on found together, [query heads, dims].
 
-    Sequences are cut so that all parts are about equally long, whatever the lengths are: the
-    ``spare`` parts beyond one per sequence go to whoever is long. Every program computes the whole
-    division, which is a few hundred additions while it waits for its length anyway.
+    In the order of the parts, whoever merges them. Read past the first-level cache, which may hold
+    what was there before another multiprocessor wrote.
     """
-    seqs = tl.arange(0, SEQUENCES)
-    there = seqs < sequences
-    length = tl.load(lens + seqs, mask=there, other=0)
-    if MIXED:
-        first = tl.load(starts + seqs, mask=there, other=0)
-        there = there & (tl.load(starts + seqs + 1, mask=there, other=0) - first == 1)
-        length = tl.where(there, length, 0)
-    length = tl.where(window > 0, tl.minimum(length, window), length)
-    share = tl.cdiv(tl.sum(length, 0), tl.maximum(spare, 1))
-    chunk = tl.maximum(min_chunk, tl.cdiv(share, TILE) * TILE)
-    chunk = tl.where(spare > 0, chunk, 1 << 30)
-    # A padding sequence has one part too: its zeros have to be stored.
-    parts = tl.where(there, tl.maximum(tl.cdiv(length, chunk), 1), 0)
-    ends = tl.cumsum(parts, 0)
-    seq = tl.sum((ends <= item).to(tl.int32), 0)
-    count = tl.sum(tl.where(seqs == seq, parts, 0), 0)
-    begin = tl.sum(tl.where(seqs == seq, ends - parts, 0), 0)
-    return seq, item - begin, count, begin, chunk
+    heads, dims = tl.arange(0, SPAN), tl.arange(0, PAD)
+    acc = tl.zeros([SPAN, PAD], tl.float32)
+    highest = tl.full([SPAN], float("-inf"), tl.float32)
+    whole = tl.zeros([SPAN], tl.float32)
+    for begun in range(0, count, AT_ONCE):
+        part = begun + tl.arange(0, AT_ONCE)
+        there = (part < count)[:, None] & (heads < GROUP)[None, :]
+        place = (first + part).to(tl.int64)[:, None] * HEADS + kv_head * GROUP + heads[None, :]
+        at = place[:, :, None] * DIM + dims[None, None, :]
+        inside = there[:, :, None] & (dims < DIM)[None, None, :]
+        value = tl.load(values + at, mask=inside, other=0.0, cache_modifier=".cg")
+        peak = tl.load(peaks + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(totals + place, mask=there, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(highest, tl.max(peak, 0))
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(peak - level[None, :])
+        fade = tl.exp2(highest - level)
+        acc = acc * fade[:, None] + tl.sum(value * weight[:, :, None], 0)
+        whole = whole * fade + tl.sum(total * weight, 0)
+        highest = higher
+    return acc / tl.where(whole == 0.0, 1.0, whole)[:, None]
 
 
 @triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_METADATA)
@@ -58,16 +70,11 @@ def _decode(
     values,
     peaks,
     totals,
-    used,
+    counters,
+    work,
     tables,
-    starts,
-    lens,
     layer,
     width,
-    window,
-    sequences,
-    spare,
-    min_chunk,
     stride_block,
     stride_layer,
     stride_kv,
@@ -77,26 +84,30 @@ def _decode(
     soft_cap,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    MIXED: tl.constexpr,
+    RECORD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     AFFINE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    seq, part, count, begin, chunk = _work_of(
-        item, starts, lens, sequences, window, spare, min_chunk, TILE, SEQUENCES, MIXED
-    )
+    record = work + item * RECORD
+    seq = tl.load(record)
+    row = tl.load(record + 1).to(tl.int64)
+    lo = tl.load(record + 2)
+    hi = tl.load(record + 3)
+    count = tl.load(record + 4)
+    first = tl.load(record + 5)
     if count > 0:
-        end = tl.load(lens + seq)
-        row = (tl.load(starts + seq) if MIXED else seq).to(tl.int64)
-        lo = tl.where(window > 0, tl.maximum(0, end - window), 0) + part * chunk
-        hi = tl.minimum(end, lo + chunk)
         heads = tl.arange(0, ROWS)
         dims = tl.arange(0, PAD)
         valid = (heads < GROUP)[:, None] & (dims < DIM)[None, :]
@@ -106,14 +117,20 @@ def _decode(
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         base = kv + layer.to(tl.int64) * stride_layer + kv_head * stride_head
-        keys = lo + tl.arange(0, TILE)
-        blocks = blocks_of(tables, seq, keys, keys < hi, width, BLOCK_TOKENS, AFFINE)
+        factor = factor_of(scale, CAPPED)
+        # Key by key, unlike prompts: as a tile of pages V would go through registers, since this
+        # product is too narrow for a tile in shared memory to be looked at in another shape.
+        if AFFINE:
+            blocks = blocks_of(tables, seq, lo, hi, width, TILE, 1, BLOCK_TOKENS, AFFINE)
+        else:
+            # Only a window may begin inside a block.
+            begun = lo % BLOCK_TOKENS if WINDOWED else 0
+            blocks = tl.load(record + _FIELDS + (begun + tl.arange(0, TILE)) // BLOCK_TOKENS)
         for start in range(lo, hi, TILE):
             keys = start + tl.arange(0, TILE)
             inside = keys < hi
-            offsets = offsets_of(blocks, keys, stride_block, stride_token, BLOCK_TOKENS)
-            after = keys + TILE
-            blocks = blocks_of(tables, seq, after, after < hi, width, BLOCK_TOKENS, AFFINE)
+            offsets = blocks.to(tl.int64) * stride_block + keys % BLOCK_TOKENS * stride_token
+            blocks = blocks_of(tables, seq, start + TILE, hi, width, TILE, 1, BLOCK_TOKENS, AFFINE)
             tile = inside[:, None] & (dims < DIM)[None, :]
             k_at = base + offsets[:, None] + dims[None, :]
             # Slots beyond the end may hold NaN, and 0 * NaN is NaN: V is masked like K.
@@ -121,19 +138,43 @@ def _decode(
             scores = scores_of(query, tl.trans(k), scale, soft_cap, CAPPED)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             v = tl.load(k_at + stride_kv, mask=tile, other=0.0)
-            acc, peak, total = take_in(acc, peak, total, scores, v, False)
-        if part == 0:
-            if kv_head == 0:
-                tl.store(used + 2 * seq, count)
-                tl.store(used + 2 * seq + 1, begin)
-        if count > 1:
-            place = item.to(tl.int64) * HEADS + kv_head * GROUP + heads
-            tl.store(peaks + place, peak, mask=heads < GROUP)
-            tl.store(totals + place, total, mask=heads < GROUP)
-            tl.store(values + place[:, None] * DIM + dims[None, :], acc, mask=valid)
-        else:
+            acc, peak, total = take_in(acc, peak, total, scores, factor, v, False)
+        let_next(EARLY)
+        if count == 1:
             acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out + row * (HEADS * DIM) + at, acc.to(out.dtype.element_ty), mask=valid)
+        else:
+            place = item.to(tl.int64) * HEADS + kv_head * GROUP + heads
+            tl.store(peaks + place, peak * factor, mask=heads < GROUP)
+            tl.store(totals + place, total, mask=heads < GROUP)
+            tl.store(values + place[:, None] * DIM + dims[None, :], acc, mask=valid)
+            # All threads have stored before one of them says so.
+            tl.debug_barrier()
+            counter = counters + seq * (HEADS // GROUP) + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+                # The last part to be found: the counter is as it was before, and all is there.
+                tl.store(counter, 0)
+                whole = _merged(
+                    values, peaks, totals, first, count, kv_head,
+                    HEADS, GROUP, SPAN, DIM, PAD, AT_ONCE,
+                )  # fmt: skip
+                few = tl.arange(0, SPAN)
+                to = row * (HEADS * DIM) + (kv_head * GROUP + few)[:, None] * DIM + dims[None, :]
+                there = (few < GROUP)[:, None] & (dims < DIM)[None, :]
+                tl.store(out + to, whole.to(out.dtype.element_ty), mask=there)
+
+
+@cache
+def _shared_counters(device: torch.device) -> Tensor:
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Zeros, which every launch leaves as zeros: those of all launches on a device are the same,
+    which are therefore to be on one stream."""
+    if count > _COUNTERS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return _shared_counters(device)
 
 
 def decode_attention(
@@ -149,6 +190,9 @@ def decode_attention(
 ) -> Tensor:
     """`pagedd_kernels.paged_attention` of the sequences that have one token in this step.
 
+    Where a sequence takes several programs, the last of them to end merges what they found. A
+    launch of its own for that took 3 us a layer, also where nothing was to be merged.
+
     Args:
         q: [T, H, D].
         kv, layer, batch, shape: As there.
@@ -159,49 +203,48 @@ def decode_attention(
     Returns:
         ``out``.
     """
-    sequences = batch.num_sequences
+    sequences, device = batch.num_sequences, q.device
     if plan is None:
-        plan = decode_plan(shape, sequences, batch.max_context, multiprocessors(q.device))
+        plan = decode_plan(shape, sequences, batch.max_context, multiprocessors(device))
     if out is None:
         out = torch.empty_like(q)
-    mixed = batch.max_query > 1
+    work = division(batch, shape, plan, layer)
     items = sequences + plan.spare
-    parts = Parts(out, sequences, shape.heads, 1, items)
+    places = items * shape.heads if plan.spare else 1
+    values = torch.empty(places, shape.head_dim, dtype=torch.float32, device=device)
+    peaks, totals = torch.empty(2, places, dtype=torch.float32, device=device)
+    span, pad = power_of_two(shape.group), power_of_two(shape.head_dim)
+    at_once = _MERGED_BY_FEW if plan.stages > 3 else _MERGED_AT_ONCE
     _decode[(shape.kv_heads, items)](
         q,
         kv,
         out,
-        parts.values,
-        parts.peaks,
-        parts.totals,
-        parts.used,
+        values,
+        peaks,
+        totals,
+        _counters(device, sequences * shape.kv_heads),
+        work,
         batch.block_tables,
-        batch.query_starts,
-        batch.context_lens,
         layer,
         batch.block_tables.shape[1],
-        shape.window,
-        sequences,
-        plan.spare,
-        plan.min_chunk,
         *kv.stride()[:5],
         shape.scale,
         shape.soft_cap,
         HEADS=shape.heads,
         GROUP=shape.group,
-        ROWS=max(ROWS, power_of_two(shape.group)),
+        SPAN=span,
+        ROWS=max(ROWS, span),
         DIM=shape.head_dim,
-        PAD=power_of_two(shape.head_dim),
+        PAD=pad,
         BLOCK_TOKENS=shape.block_tokens,
         TILE=plan.tile,
-        # Two widths: more would be kernels to warm up. Dividing 256 takes 3 us, dividing 16 none.
-        SEQUENCES=16 if sequences <= FEW else max(256, power_of_two(sequences)),
-        MIXED=mixed,
+        RECORD=work.shape[1],
+        AT_ONCE=max(1, min(32, at_once // (span * pad))),
+        WINDOWED=shape.window > 0 or plan.tile % shape.block_tokens > 0,
         CAPPED=shape.soft_cap > 0,
         AFFINE=affine,
         num_warps=plan.warps,
         num_stages=plan.stages,
+        **overlap(device),
     )
-    if plan.spare:
-        parts.merge(batch.query_starts if mixed else None)
     return out

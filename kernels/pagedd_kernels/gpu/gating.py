@@ -7,11 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedd_kernels.gpu.device import begin, let_next, overlap
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _gated(gate_up, out, FEATURES: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _gated(
+    gate_up, out,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    begin(EARLY)
+    let_next(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < FEATURES
@@ -32,6 +39,12 @@ def gated(gate_up: Tensor, kind: str) -> Tensor:
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, features, dtype=gate_up.dtype, device=gate_up.device)
     _gated[(tokens, triton.cdiv(features, _BLOCK))](
-        gate_up, out, FEATURES=features, BLOCK=_BLOCK, GELU=kind == "gelu_tanh", num_warps=4
+        gate_up,
+        out,
+        FEATURES=features,
+        BLOCK=_BLOCK,
+        GELU=kind == "gelu_tanh",
+        num_warps=4,
+        **overlap(gate_up.device),
     )
     return out

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedd_kernels.gpu.device import begin, overlap
 from pagedd_kernels.plans import ROWS, LinearPlan, ceil_div, power_of_two
 
 
@@ -21,6 +22,7 @@ def _linear(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.arange(0, ROWS)
     feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -29,6 +31,7 @@ def _linear(
     known = feature < FEATURES
     x_at = x + row[:, None] * INPUTS + inputs[None, :]
     w_at = weight + feature.to(tl.int64)[None, :] * INPUTS + inputs[:, None]
+    begin(EARLY)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, INPUTS, STEP):
         if INPUTS % STEP == 0:
@@ -69,5 +72,6 @@ def linear(x: Tensor, weight: Tensor, plan: LinearPlan) -> Tensor:
         STEP=plan.step,
         num_warps=plan.warps,
         num_stages=plan.stages,
+        **overlap(x.device),
     )
     return out

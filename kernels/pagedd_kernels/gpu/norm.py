@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pagedd_kernels.gpu.device import begin, let_next, overlap
 from pagedd_kernels.plans import power_of_two
 
 
@@ -22,7 +23,10 @@ def _rms_norm(
     PAD: tl.constexpr,
     ADD: tl.constexpr,
     PLUS_ONE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    let_next(EARLY)
     row = tl.program_id(0).to(tl.int64) * FEATURES
     at = tl.arange(0, PAD)
     there = at < FEATURES
@@ -59,5 +63,6 @@ def rms_norm(
         ADD=residual is not None,
         PLUS_ONE=plus_one,
         num_warps=min(16, max(1, pad // 512)),
+        **overlap(x.device),
     )
     return out, total

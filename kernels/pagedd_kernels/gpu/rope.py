@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedd_kernels.batch import AttentionShape, StepBatch
+from pagedd_kernels.gpu.device import begin, let_next, overlap
 from pagedd_kernels.plans import power_of_two
 
 _HEADS_PER_PROGRAM = 8
@@ -40,7 +41,10 @@ def _rope_write(
     BLOCK_TOKENS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
+    let_next(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, PAD)
@@ -124,5 +128,6 @@ def rope_write(
         NORM=q_norm is not None,
         BLOCK=block,
         num_warps=4,
+        **overlap(qkv.device),
     )
     return q

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedd_kernels.gpu import candidates
+from pagedd_kernels.gpu.likelihoods import likelihoods
 from pagedd_kernels.gpu.searching import search
 from pagedd_kernels.params import Penalties, Sampled, SampleParams
 from pagedd_kernels.plans import power_of_two
@@ -112,10 +113,10 @@ class _Row:
         # for an alignment.
         aligned = -(-rows // 4) * 4
         self.chunk_peaks, low, mass, hot_mass = torch.empty(4, aligned, self.chunks, device=device)
-        places = torch.empty(rows, self.chunks, dtype=torch.int32, device=device)
+        self.places = torch.empty(rows, self.chunks, dtype=torch.int32, device=device)
         heat = self.chunk_peaks if temperature is None else temperature
         candidates.chunk_statistics[(rows, self.chunks)](
-            logits, heat, self.chunk_peaks, places, low, mass, hot_mass,
+            logits, heat, self.chunk_peaks, self.places, low, mass, hot_mass,
             vocab, self.chunks, logits.stride(0), CHUNK=CHUNK, SUMS=sums, HOT=hot, num_warps=4,
         )  # fmt: skip
         self.peaks, self.lows, self.floors = torch.empty(3, aligned, device=device)[:, :rows]
@@ -125,8 +126,8 @@ class _Row:
         self.tokens = torch.empty(rows, dtype=torch.int32, device=device)
         self.counters = torch.empty(rows, dtype=torch.int32, device=device)
         candidates.thresholds[(rows,)](
-            self.chunk_peaks, places, low, mass, hot_mass, heat,
-            places if top_k is None else top_k,
+            self.chunk_peaks, self.places, low, mass, hot_mass, heat,
+            self.places if top_k is None else top_k,
             self.tokens, self.peaks, self.lows, self.masses, self.hot_masses, self.floors,
             self.counters, vocab, self.chunks, PAD=power_of_two(self.chunks), CAPACITY=CAPACITY,
             SUMS=sums, HOT=hot, TOP_K=top_k is not None, num_warps=4,
@@ -146,6 +147,7 @@ def _drawn(logits: Tensor, params: SampleParams, row: _Row) -> Tensor:
         logits.stride(0), CHUNK=CHUNK, CAPACITY=CAPACITY, num_warps=4,
     )  # fmt: skip
     pending = torch.empty_like(row.counters)
+    kept = torch.empty(2, rows, dtype=torch.float64, device=logits.device)
     filters = [temperature if f is None else f for f in (params.top_k, params.top_p, params.min_p)]
     switches = {
         "TOP_K": params.top_k is not None,
@@ -154,29 +156,11 @@ def _drawn(logits: Tensor, params: SampleParams, row: _Row) -> Tensor:
     }
     candidates.draw[(rows,)](
         keys, row.counters, row.floors, row.masses, row.hot_masses, temperature, uniform, *filters,
-        row.tokens, pending, vocab, CAPACITY=CAPACITY, **switches, num_warps=8,
+        row.tokens, pending, kept, vocab, CAPACITY=CAPACITY, **switches, num_warps=8,
     )  # fmt: skip
-    search[(rows,)](
-        logits, keys, row.counters, pending, row.peaks, row.lows, row.masses, row.hot_masses,
-        temperature, uniform, *filters, row.tokens, vocab, logits.stride(0), CAPACITY=CAPACITY,
-        BLOCK=BLOCK, **switches, num_warps=8,
-    )  # fmt: skip
+    settings = [temperature, uniform, *filters]
+    search(logits, keys, row, pending, kept, settings, switches, CAPACITY, BLOCK)
     return row.tokens
-
-
-def _with_logprobs(logits: Tensor, raw: _Row, tokens: Tensor, top: int) -> Sampled:
-    tokens = torch.where(torch.isfinite(raw.peaks), tokens, -1)
-    norm = (raw.peaks.double() + raw.masses.log()).unsqueeze(-1)
-    ids = tokens.clamp(min=0).long().unsqueeze(-1)
-    logprobs = (logits.gather(-1, ids).double() - norm).squeeze(-1).float()
-    if not top:
-        return Sampled(tokens, logprobs)
-    # Value and id in one number, so that of equal logits the lowest ids are taken, in order.
-    bits = (logits.float() + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    ordered |= 0x7FFFFFFF - torch.arange(logits.shape[1], device=logits.device)
-    best = 0x7FFFFFFF - (ordered.topk(top).values & 0xFFFFFFFF)
-    return Sampled(tokens, logprobs, best.int(), (logits.gather(-1, best).double() - norm).float())
 
 
 def sample(logits: Tensor, params: SampleParams) -> Sampled:
@@ -193,7 +177,7 @@ def sample(logits: Tensor, params: SampleParams) -> Sampled:
     drawn = Sampled(tokens)
     if params.logprobs >= 0:
         raw = row if adjusted is logits else _Row(logits, None, None, True)
-        drawn = _with_logprobs(logits, raw, tokens, params.logprobs)
+        drawn = Sampled(*likelihoods(logits, raw, tokens, params.logprobs, CHUNK))
     if params.penalties is not None:
         count(params.penalties, drawn.tokens)
     return drawn

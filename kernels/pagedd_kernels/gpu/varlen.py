@@ -10,9 +10,17 @@ from torch import Tensor
 
 from pagedd_kernels.batch import AttentionShape, StepBatch
 from pagedd_kernels.gpu.decode import decode_attention
-from pagedd_kernels.gpu.device import multiprocessors
-from pagedd_kernels.gpu.softmax import Parts, blocks_of, offsets_of, scores_of, take_in
-from pagedd_kernels.plans import VarlenPlan, power_of_two, varlen_plan
+from pagedd_kernels.gpu.device import begin, let_next, multiprocessors, overlap
+from pagedd_kernels.gpu.softmax import (
+    Parts,
+    blocks_of,
+    factor_of,
+    keys_inside,
+    offsets_of,
+    scores_of,
+    take_in,
+)
+from pagedd_kernels.plans import VarlenPlan, page_tokens, power_of_two, varlen_plan
 
 _CHANGING = ["layer", "width", "window", "splits", "min_chunk", "sequences"]
 _METADATA = ["tables", "starts", "lens", "parts", "peaks", "totals", "used"]
@@ -56,40 +64,48 @@ def _tiles(
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     AFFINE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Take in the keys from ``lo`` to ``hi``; unmasked, all of them are seen by all rows."""
+    """Take in the keys from ``lo``, where a page begins, to ``hi``; unmasked, whole tiles of keys
+    that all rows see."""
     dims = tl.arange(0, PAD)
-    keys = lo + tl.arange(0, TILE)
-    blocks = blocks_of(tables, seq, keys, keys < hi, width, BLOCK_TOKENS, AFFINE)
+    pages: tl.constexpr = TILE // PAGE
+    factor = factor_of(scale, CAPPED)
+    blocks = blocks_of(tables, seq, lo, hi, width, pages, PAGE, BLOCK_TOKENS, AFFINE)
     for start in range(lo, hi, TILE):
-        keys = start + tl.arange(0, TILE)
-        inside = keys < hi
-        offsets = offsets_of(blocks, keys, stride_block, stride_token, BLOCK_TOKENS)
-        after = keys + TILE
-        blocks = blocks_of(tables, seq, after, after < hi, width, BLOCK_TOKENS, AFFINE)
-        k_at = base + offsets[:, None] + dims[None, :]
-        tile = inside[:, None] & (dims < DIM)[None, :]
+        offsets = offsets_of(
+            blocks, start, stride_block, stride_token, pages, PAGE, BLOCK_TOKENS, PAD
+        )
+        after = start + TILE
+        blocks = blocks_of(tables, seq, after, hi, width, pages, PAGE, BLOCK_TOKENS, AFFINE)
+        k_at = base + offsets
+        tile = keys_inside(start, lo, hi, pages, PAGE) & (dims < DIM)[None, None, :]
         if MASKED:
             k = tl.load(k_at, mask=tile, other=0.0)
         elif DIM == PAD:
             k = tl.load(k_at)
         else:
-            k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0)
-        scores = scores_of(query, tl.trans(k), scale, soft_cap, CAPPED)
+            k = tl.load(k_at, mask=(dims < DIM)[None, None, :], other=0.0)
+        scores = scores_of(query, tl.trans(k.reshape(TILE, PAD)), scale, soft_cap, CAPPED)
         if MASKED:
-            seen = inside[None, :] & (keys[None, :] <= positions[:, None])
-            seen = seen & ((window <= 0) | (positions[:, None] - keys[None, :] < window))
+            keys = start + tl.arange(0, TILE)
+            seen = (keys < hi)[None, :] & (keys[None, :] <= positions[:, None])
+            if WINDOWED:
+                seen = seen & (positions[:, None] - keys[None, :] < window)
             scores = tl.where(seen, scores, float("-inf"))
+            # Slots beyond the end may hold NaN, and 0 * NaN is NaN: V is masked like K.
             v = tl.load(k_at + stride_kv, mask=tile, other=0.0)
         elif DIM == PAD:
             v = tl.load(k_at + stride_kv)
         else:
-            v = tl.load(k_at + stride_kv, mask=(dims < DIM)[None, :], other=0.0)
-        acc, peak, total = take_in(acc, peak, total, scores, v, MASKED)
+            v = tl.load(k_at + stride_kv, mask=(dims < DIM)[None, None, :], other=0.0)
+        v = v.reshape(TILE, PAD)
+        acc, peak, total = take_in(acc, peak, total, scores, factor, v, MASKED)
     return acc, peak, total
 
 
@@ -124,12 +140,15 @@ def _varlen(
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    PAGE: tl.constexpr,
     TILE: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     AFFINE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    begin(EARLY)
     TOKENS: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(0)
     # The last tiles of a prompt see the most keys: begun first, they are not what all wait for.
@@ -142,12 +161,13 @@ def _varlen(
     length = tl.load(lens + seq)
     position = tl.maximum(length - queries, 0) + token
     end = tl.minimum(position + TOKENS, length)
-    begin = 0
+    oldest = 0
     if WINDOWED:
-        begin = tl.maximum(0, position - window + 1)
-    chunk = tl.maximum(min_chunk, tl.cdiv(tl.cdiv(end - begin, splits), TILE) * TILE)
-    count = tl.cdiv(tl.maximum(end - begin, 0), chunk)
-    lo = begin + split * chunk
+        # From where a page begins: what none of the rows sees of it is masked.
+        oldest = tl.maximum(0, position - window + 1) // PAGE * PAGE
+    chunk = tl.maximum(min_chunk, tl.cdiv(tl.cdiv(end - oldest, splits), TILE) * TILE)
+    count = tl.cdiv(tl.maximum(end - oldest, 0), chunk)
+    lo = oldest + split * chunk
     hi = tl.minimum(end, lo + chunk)
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PAD)
@@ -175,16 +195,17 @@ def _varlen(
             acc, peak, total = _tiles(
                 acc, peak, total, query, base, tables, seq, lo, middle, positions, width, window,
                 stride_block, stride_kv, stride_token, scale, soft_cap, DIM, PAD, BLOCK_TOKENS,
-                TILE, CAPPED, AFFINE, False,
+                PAGE, TILE, False, CAPPED, AFFINE, False,
             )  # fmt: skip
         acc, peak, total = _tiles(
             acc, peak, total, query, base, tables, seq, middle, hi, positions, width, window,
             stride_block, stride_kv, stride_token, scale, soft_cap, DIM, PAD, BLOCK_TOKENS,
-            TILE, CAPPED, AFFINE, True,
+            PAGE, TILE, WINDOWED, CAPPED, AFFINE, True,
         )  # fmt: skip
+        let_next(EARLY)
         if count > 1:
             part = slot * splits + split
-            tl.store(peaks + part, peak, mask=there)
+            tl.store(peaks + part, peak * factor_of(scale, CAPPED), mask=there)
             tl.store(totals + part, total, mask=there)
             tl.store(parts + part[:, None] * DIM + dims[None, :], acc, mask=valid)
         else:
@@ -245,6 +266,7 @@ def varlen_attention(
         DIM=shape.head_dim,
         PAD=power_of_two(shape.head_dim),
         BLOCK_TOKENS=shape.block_tokens,
+        PAGE=page_tokens(shape.block_tokens, plan.tile),
         TILE=plan.tile,
         SKIP_SINGLE=sequences > 1,
         WINDOWED=shape.window > 0,
@@ -252,9 +274,10 @@ def varlen_attention(
         AFFINE=affine,
         num_warps=plan.warps,
         num_stages=plan.stages,
+        **overlap(q.device),
     )
     if plan.splits > 1:
-        parts.merge(None)
+        parts.merge()
     if sequences > 1:
         decode_attention(q, kv, layer, batch, shape, out, affine=affine)
     return out
