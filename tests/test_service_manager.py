@@ -63,6 +63,14 @@ def test_ready_is_said_once_a_request_would_be_served_and_stopping_at_the_end(
         assert manager.until("STOPPING=1")
 
 
+def test_the_managers_watchdog_is_fed_while_there_is_nothing_to_do(manager: Manager) -> None:
+    environ = {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "300000"}
+    with running_daemon(load=False, environ=environ):
+        manager.until("READY=1")
+        for _ in range(3):
+            assert manager.until("WATCHDOG=1")
+
+
 def test_a_reload_changes_what_can_be_live_and_says_what_cannot(manager: Manager) -> None:
     with running_daemon(environ={"NOTIFY_SOCKET": str(manager.path)}, drain="7s") as daemon:
         manager.until("READY=1")
@@ -102,8 +110,9 @@ def test_a_broken_file_on_reload_keeps_what_was_and_says_so(manager: Manager) ->
             assert heard[-1].endswith(
                 "the configuration file is wrong; the settings stay as they were"
             )
-            assert "config.toml:2 apps.editor.weight: expected greater than 0" in daemon.log()
             assert control.app("editor")["settings"]["weight"] == 3
+    # Now that all of its log has been read.
+    assert "config.toml:2 apps.editor.weight: expected greater than 0" in daemon.log()
 
 
 def test_config_set_reaches_a_running_daemon_at_once() -> None:
