@@ -273,6 +273,13 @@ def test_the_defaults_are_those_of_the_protocol() -> None:
         "after": -1,
         "tokens": None,
         "n": 1,
+        "best_of": None,
+        "beam_width": None,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "stream": None,
+        "echo": False,
+        "prompt_logprobs": None,
     }
 
 

@@ -80,12 +80,12 @@ _TOP_LEVEL: tuple[type[Any], ...] = (
 )
 _FIELDS = {
     kind: tuple(f.name for f in fields(kind))
-    for kind in (*_TOP_LEVEL, m.Output, m.Ended, m.Closed, m.Rejected)
+    for kind in (*_TOP_LEVEL, m.Output, m.Ended, m.Closed, m.Rejected, m.PromptScores)
 }
 
 
 def _step_report(values: list[Any]) -> m.StepReport:
-    steps, outputs, ended, closed, rejected, started = values
+    steps, outputs, ended, closed, rejected, started, prompts = values
     return m.StepReport(
         steps,
         [m.Output(*o) for o in outputs],
@@ -93,6 +93,7 @@ def _step_report(values: list[Any]) -> m.StepReport:
         [m.Closed(*c) for c in closed],
         [m.Rejected(*r) for r in rejected],
         [(rid, cached) for rid, cached in started],
+        [m.PromptScores(*p) for p in prompts],
     )
 
 
@@ -113,10 +114,11 @@ def _pack_step(report: m.StepReport) -> bytes:
             "StepReport",
             report.steps,
             [(o.rid, o.index, o.tokens, o.logprobs) for o in report.outputs],
-            [(e.rid, e.index, e.reason) for e in report.ended],
+            [(e.rid, e.index, e.reason, e.score) for e in report.ended],
             [_values(c) for c in report.closed],
             [],
             report.started,
+            [_values(p) for p in report.prompts],
         ]
     )
     return packed

@@ -114,6 +114,9 @@ class Submit:
     sample goes on behind them as if it had never stopped. Only where ``n`` is 1."""
     index: int = 0
     """Of the sample, where ``n`` is 1: each that goes on is a request of its own."""
+    prompt_logprobs: int = -1
+    """-1: none. k >= 0: the log-probability of each token of the prompt but the first, and the k
+    most likely ones (`PromptScores`). Then all of it is computed, whatever is cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +251,17 @@ class Rejected:
     details: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of some tokens of a prompt, in order; never the same one twice."""
+
+    rid: int
+    start: int
+    """Position of the first of them, at least 1."""
+    logprobs: list[tuple[float, list[tuple[int, float]]]]
+    """As in `Output`, one entry per token."""
+
+
 @dataclass(slots=True)
 class StepReport:
     """Everything of one step, in one message. Filled while the step's results are gone through."""
@@ -260,6 +274,7 @@ class StepReport:
     rejected: list[Rejected] = field(default_factory=list)
     started: list[tuple[int, int]] = field(default_factory=list)
     """``(rid, cached tokens)`` of requests whose prompt began to be computed in this step."""
+    prompts: list[PromptScores] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

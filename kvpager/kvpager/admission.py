@@ -90,7 +90,8 @@ class Admission:
             return
         chain = bytearray()
         extend_chain(chain, event.root, event.tokens, size)
-        plan = self._look_up(chain, (len(event.tokens) - 1) // size, event.klass, None)
+        most_hits = 0 if event.fresh else (len(event.tokens) - 1) // size
+        plan = self._look_up(chain, most_hits, event.klass, None)
         plan.computed = len(plan.blocks) * size
         plan.total = total
         plan.forks = event.width - 1
@@ -101,7 +102,7 @@ class Admission:
             return
         state = self._seqs.create(event.seq, event.root, event.klass, event.group)
         state.ids = event.width
-        state.whole = event.whole
+        state.whole, state.fresh = event.whole, event.fresh
         state.chain = chain
         state.learn(0, event.tokens)
         state.found = len(plan.blocks)
@@ -189,7 +190,7 @@ class Admission:
         computed = int(self._seqs.computed[state.slot])
         full = computed // size
         # What others have computed of its prompt meanwhile is found too.
-        limit = max(full, (state.known_tokens - 1) // size)
+        limit = full if state.fresh else max(full, (state.known_tokens - 1) // size)
         plan = self._look_up(state.chain, limit, state.klass, state)
         hits = len(plan.blocks)
         # With room for one token more, so that it makes progress before it can be a victim again.

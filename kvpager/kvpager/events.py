@@ -35,6 +35,9 @@ class Admit:
     whole: bool = False
     """Its group is of use only as a whole (beams: none goes on before all have): after a preemption
     it is `Deferred` until there is room for everybody."""
+    fresh: bool = False
+    """Every token of the prompt is to be computed, since the logits after each are wanted: none is
+    taken from the cache, and after a preemption none but those that it has computed itself."""
 
 
 @dataclass(frozen=True, slots=True)

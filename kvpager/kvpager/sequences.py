@@ -39,6 +39,7 @@ class SequenceState:
         "blocks",
         "chain",
         "found",
+        "fresh",
         "granted",
         "group",
         "held",
@@ -75,6 +76,7 @@ class SequenceState:
         self.klass = klass
         self.group = group
         self.whole = False
+        self.fresh = False
         """See `kvpager.types.Admit`."""
         self.order = order
         """Serial number of the admission."""

@@ -28,6 +28,7 @@ class Ask:
     beams: BeamParams | None = None
     regex: str = ""
     klass: int = 1
+    prompt_logprobs: int = -1
 
     def message(self, rid: int, app: str) -> m.Submit:
         """The request as the front sends it."""
@@ -43,6 +44,7 @@ class Ask:
             grammar_kind="regex" if self.regex else "",
             grammar=self.regex,
             beams={} if self.beams is None else asdict(self.beams),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -61,6 +63,8 @@ class Answer:
     """What the engine said to a request."""
 
     texts: list[Text]
+    prompt: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    """Of each token of the prompt but the first."""
     closed: m.Closed | None = None
     rejected: m.Rejected | None = None
 
@@ -117,6 +121,10 @@ class Asking:
         return [self.answers[rid] for rid in rids]
 
     def _said(self, report: m.StepReport) -> None:
+        for scores in report.prompts:
+            told = self.answers[scores.rid].prompt
+            assert scores.start == len(told) + 1, "a position was left out, or told twice"
+            told += scores.logprobs
         for output in report.outputs:
             text = self.answers[output.rid].texts[output.index]
             text.tokens += np.frombuffer(output.tokens, "<i4").tolist()

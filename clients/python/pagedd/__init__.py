@@ -37,6 +37,7 @@ from pagedd._sync import Client, Control, Session, Stream
 from pagedd._types import (
     Chunk,
     Completion,
+    Prompt,
     Sample,
     ServerInfo,
     SessionSummary,
@@ -72,6 +73,7 @@ __all__ = [
     "ModelError",
     "PageddError",
     "Poison",
+    "Prompt",
     "PromptTooLong",
     "ProtocolViolation",
     "RequestError",

@@ -232,7 +232,7 @@ class AsyncClient:
         return result_of(call.take())
 
     def _stream(self, verb: str, fields: Mapping[str, Any], timeout: float | None) -> AsyncStream:
-        seconds = self._timeout if timeout is None else timeout
+        seconds = _verbs.patience_s(fields, timeout, self._timeout)
         return AsyncStream(self._hub, self._hub.start(verb, fields), seconds)
 
     def __await__(self) -> Generator[Any, None, Self]:

@@ -21,7 +21,16 @@ from pagedd._errors import (
     ProtocolViolation,
     from_wire,
 )
-from pagedd._types import Chunk, Completion, Sample, ServerInfo, Timings, TokenLogprob, Usage
+from pagedd._types import (
+    Chunk,
+    Completion,
+    Prompt,
+    Sample,
+    ServerInfo,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 from pagedd._verbs import unpack_tokens
 
 PROTOCOL = 1
@@ -290,6 +299,7 @@ class Assembly:
         self._texts: dict[int, list[str]] = {}
         self._tokens: dict[int, list[int]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
+        self._prompt = _PromptParts()
 
     def finished(self, error: PageddError | None) -> Completion:
         """The completion.
@@ -312,6 +322,9 @@ class Assembly:
         try:
             if kind == "chunk":
                 return [self._chunk(event)]
+            if kind == "prompt":
+                self._prompt.add(event)
+                return []
             if kind == "accepted":
                 self.prompt_tokens = int(event["prompt_tokens"])
                 self.seed = int(event["seed"])
@@ -349,6 +362,7 @@ class Assembly:
                     tokens=tuple(self._tokens.get(index, ())),
                     reason=str(finish["reason"]),
                     logprobs=None if logprobs is None else tuple(logprobs),
+                    score=finish.get("score"),
                 )
             )
         usage, timings = event["usage"], event["timings"]
@@ -364,8 +378,36 @@ class Assembly:
             ),
             model=self.model or "",
             seed=self.seed or 0,
+            prompt=self._prompt.whole(),
         )
         return chunks
+
+
+class _PromptParts:
+    """The prompt, as its parts come."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob | None] | None = None
+
+    def add(self, event: Event) -> None:
+        """One ``prompt`` event."""
+        tokens, entries = unpack_tokens(event["tokens"]), event.get("logprobs")
+        self._text.append(event["text"])
+        self._tokens += tokens
+        if entries is None:
+            return
+        known = self._logprobs = self._logprobs or []
+        for token, entry in zip(tokens, entries, strict=True):
+            known += (None,) if entry is None else _logprobs((token,), [entry]) or ()
+
+    def whole(self) -> Prompt | None:
+        """All of it; None if nothing came."""
+        if not self._tokens:
+            return None
+        logprobs = None if self._logprobs is None else tuple(self._logprobs)
+        return Prompt("".join(self._text), tuple(self._tokens), logprobs)
 
 
 def _logprobs(tokens: tuple[int, ...], entries: Any) -> tuple[TokenLogprob, ...] | None:

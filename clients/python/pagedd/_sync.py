@@ -158,7 +158,8 @@ class Client(Control):
     connect anew.
 
     Every method takes ``timeout`` in seconds (default: the one given to `pagedd.connect`) and
-    raises `RequestTimeout` after it; for a stream it is the longest wait for the next event.
+    raises `RequestTimeout` after it; for a stream it is the longest wait for the next event, and at
+    least 10 minutes where nothing comes before the end and no timeout is given with the call.
     Answers of the daemon that are errors are raised as `RequestError`.
     """
 
@@ -283,7 +284,7 @@ class Client(Control):
         super().close()
 
     def _stream(self, verb: str, fields: Mapping[str, Any], timeout: float | None) -> Stream:
-        seconds = self._timeout if timeout is None else timeout
+        seconds = _verbs.patience_s(fields, timeout, self._timeout)
         return Stream(self._pump, self._pump.start(verb, fields), seconds)
 
 

@@ -44,6 +44,21 @@ class Sample:
     reason: str
     """``stop``, ``length``, ``context`` or ``cancelled``."""
     logprobs: tuple[TokenLogprob, ...] | None = None
+    score: float | None = None
+    """With ``beam_width``: the sum of the log-probabilities by the length penalty. With ``best_of``
+    above ``n``: their mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The prompt as the model got it; with ``echo`` or ``prompt_logprobs``."""
+
+    text: str
+    """With ``echo``."""
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One entry per token, None for the first, which nothing is before; with ``prompt_logprobs``,
+    or ``echo`` and ``logprobs``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +95,7 @@ class Completion:
     model: str
     seed: int
     """Draws the same tokens again with the same prompt and options."""
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True, slots=True)

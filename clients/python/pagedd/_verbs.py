@@ -6,7 +6,7 @@ import difflib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pagedd._errors import InvalidRequest
 
@@ -23,6 +23,24 @@ class GenerateOptions(TypedDict, total=False):
     """A name from `Client.models`; it is loaded when it is not the loaded one."""
     n: int
     """Samples to draw, 1 to 16; the prompt is computed once. Not for `Session.say`."""
+    best_of: int
+    """Draw so many samples and get the ``n`` with the highest log-probability per token, best
+    first, 1 to 16; nothing is streamed if more than ``n``."""
+    beam_width: int
+    """Search with so many beams instead of drawing, 1 to 16: the ``n`` best texts, best first, when
+    the search is over."""
+    length_penalty: float
+    """Of a search: scores are divided by the number of tokens to the power of this (1)."""
+    early_stopping: bool | Literal["never"]
+    """Of a search: when it is over, as in Hugging Face transformers (false)."""
+    stream: bool
+    """False: nothing comes before the end."""
+    echo: bool
+    """`Completion.prompt` has the prompt's text and tokens, and what ``logprobs`` asks for of them.
+    Not for conversations."""
+    prompt_logprobs: int
+    """`Completion.prompt` has the log-probabilities of the prompt's tokens, and at each of them the
+    most likely k, 0 to 20. Not for conversations."""
     max_tokens: int
     """Tokens per sample at most (256)."""
     min_tokens: int
@@ -63,6 +81,25 @@ class GenerateOptions(TypedDict, total=False):
     """How long the model stays loaded: seconds, ``"5m"``, negative for ever, 0 not at all."""
     deadline_ms: int
     """The daemon ends the request with `DeadlineExceeded` after this long."""
+
+
+WHOLE_TIMEOUT_S = 600.0
+"""Of requests that bring nothing before their end, where the caller has given no timeout."""
+
+
+def patience_s(fields: Mapping[str, Any], timeout: float | None, usual: float) -> float:
+    """The longest wait for the next event of a stream, in seconds.
+
+    Args:
+        fields: What it asks for.
+        timeout: The caller's, if given.
+        usual: The client's.
+    """
+    if timeout is not None:
+        return timeout
+    chooses = (fields.get("best_of") or 1) > (fields.get("n") or 1)
+    whole = fields.get("beam_width") is not None or fields.get("stream") is False or chooses
+    return max(usual, WHOLE_TIMEOUT_S) if whole else usual
 
 
 _OPTIONS = frozenset(GenerateOptions.__annotations__)

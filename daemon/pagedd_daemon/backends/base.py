@@ -29,6 +29,11 @@ token, only where that step is still in flight, and only if its run of this sequ
 `Draw`, of this sequence."""
 
 
+SCORED_ROWS = 64
+"""`Run.follows` of a step at most, over all its runs: 12 MB of logits with a vocabulary of 49,152,
+32 MB with one of 128,256."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What the scheduler must know of a backend to plan with it."""
@@ -94,6 +99,12 @@ class Run:
     """Blocks of the sequence up to and with these tokens; a view, valid until the next event."""
     draws: Sequence[Draw] = ()
     """Empty while a prompt is not yet wholly computed."""
+    follows: Tokens | None = None
+    """What follows its first, second, … token in the prompt, int32, shape ``(m,)``, m <= n: the
+    log-probabilities of these are wanted (`StepResult.scored`). At most `SCORED_ROWS` in a step,
+    since each takes a row of logits, which for a whole prompt would be gigabytes."""
+    top: int = 0
+    """Then: how many of the most likely tokens are wanted beside each."""
 
 
 @dataclass(slots=True)
@@ -113,6 +124,9 @@ class StepResult:
     """``(seq, drawn)``."""
     seconds: float
     """How long the device was busy with it."""
+    scored: Sequence[tuple[int, Sequence[Drawn]]] = ()
+    """``(seq, a Drawn for each of Run.follows)`` of each run that has any, in the step's order;
+    token -1 where the logits are not numbers."""
 
 
 @dataclass(frozen=True, slots=True)

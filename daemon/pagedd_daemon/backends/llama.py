@@ -47,7 +47,8 @@ from pagedd_daemon.backends.base import (
 )
 from pagedd_daemon.backends.holders import Holders
 from pagedd_daemon.backends.llama_pages import LlamaPages
-from pagedd_daemon.engine.sampler import Drawn, draw
+from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
+from pagedd_daemon.engine.scoring import score
 from pagedd_daemon.engine.tiers.extents import EXTENT_PAGES, Extents
 from pagedd_daemon.engine.tiers.opening import Disk, DiskWishes, open_disk
 from pagedd_daemon.engine.tiers.ram import RamStore
@@ -326,6 +327,9 @@ class LlamaBackend:
             context.positions[total:end] = start if n == 1 else np.arange(start, start + n)
             context.sequences[total:end] = self._id(run.seq)
             context.wanted[total:end] = 0
+            if run.follows is not None:
+                context.wanted[total : total + len(run.follows)] = 1
+                rows += len(run.follows)
             if run.draws:
                 context.wanted[end - 1] = 1
                 rows += 1
@@ -341,13 +345,25 @@ class LlamaBackend:
             raise StepFaultError(f"llama_decode returned {handle.status}")
         begin = time.perf_counter()
         drawn: list[tuple[int, Drawn]] = []
+        scored: list[tuple[int, list[Drawn]]] = []
         if handle.rows:
-            runs = [run for run in step.runs if run.draws]
-            wanted = [(row, one.sampler) for row, run in enumerate(runs) for one in run.draws]
-            results = draw(self._context.logits(handle.rows), wanted)
-            seqs = (one.seq for run in runs for one in run.draws)
-            drawn = list(zip(seqs, results, strict=True))
-        return StepResult(step.epoch, drawn, handle.seconds + time.perf_counter() - begin)
+            logits = self._context.logits(handle.rows)
+            seqs: list[int] = []
+            wanted: list[tuple[int, Sampler]] = []
+            row = 0
+            for run in step.runs:
+                if run.follows is not None:
+                    n = len(run.follows)
+                    scored.append((run.seq, score(logits[row : row + n], run.follows, run.top)))
+                    row += n
+                if run.draws:
+                    for one in run.draws:
+                        seqs.append(one.seq)
+                        wanted.append((row, one.sampler))
+                    row += 1
+            drawn = list(zip(seqs, draw(logits, wanted), strict=True))
+        seconds = handle.seconds + time.perf_counter() - begin
+        return StepResult(step.epoch, drawn, seconds, scored)
 
 
 def _binding(configure: Configure, block_bytes: int) -> bytes:

@@ -22,7 +22,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvpager.types import Adopt, CopyBlock, Instruction, Load, PageName, Shrunk, Spill, Store, Tier
+from kvpager.types import (
+    Adopt,
+    CopyBlock,
+    Instruction,
+    Load,
+    PageName,
+    Shrunk,
+    Spill,
+    Store,
+    Tier,
+    Tokens,
+)
 from pagedd_daemon.backends.base import (
     PENDING,
     Capabilities,
@@ -38,6 +49,7 @@ from pagedd_daemon.backends.base import (
 )
 from pagedd_daemon.backends.chain import POISON, Oracle, chain, mix, noise
 from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
+from pagedd_daemon.engine.scoring import score
 from pagedd_daemon.engine.tiers.disk import Blob, DiskTier, Moved, filled
 from pagedd_daemon.engine.tiers.diskfile import READERS
 from pagedd_daemon.engine.tiers.opening import Disk, DiskWishes, open_disk
@@ -85,6 +97,7 @@ class _Handle:
     epoch: int
     drawn: list[tuple[int, Drawn]] | None
     """None: the step fails."""
+    scored: list[tuple[int, list[Drawn]]]
     ends: float
     seconds: float
     hangs: bool
@@ -355,6 +368,7 @@ class SimulatedBackend:
         number, self._steps = self._steps, self._steps + 1
         seconds = self._step_s + self._token_s * sum(len(run.tokens) for run in step.runs)
         drawn: list[tuple[int, Drawn]] | None = None
+        scored: list[tuple[int, list[Drawn]]] = []
         if number in self.faults.steps:
             self._tokens = {one.seq: 0 for run in step.runs for one in run.draws}
             self._spoilt.update(run.seq for run in step.runs)
@@ -362,9 +376,12 @@ class SimulatedBackend:
                 self._write(run, np.full(len(run.tokens), POISON, np.uint64))
         else:
             drawn = self._compute(step.runs)
+            scored = [
+                (r.seq, self._score(r, r.follows)) for r in step.runs if r.follows is not None
+            ]
         hangs = number == self.faults.hang_at_step
         self._busy_until = begin + seconds
-        return _Handle(step.epoch, drawn, begin + seconds, seconds, hangs)
+        return _Handle(step.epoch, drawn, scored, begin + seconds, seconds, hangs)
 
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`."""
@@ -375,7 +392,7 @@ class SimulatedBackend:
         if handle.drawn is None:
             self._spoilt.clear()
             raise StepFaultError("the simulated device refused the step")
-        return StepResult(handle.epoch, handle.drawn, handle.seconds)
+        return StepResult(handle.epoch, handle.drawn, handle.seconds, handle.scored)
 
     def _compute(self, runs: list[Run]) -> list[tuple[int, Drawn]]:
         runs = [self._known(run) for run in runs]
@@ -396,6 +413,16 @@ class SimulatedBackend:
         drawn = draw(self._logits[:rows], wanted) if rows else []
         self._tokens = {seq: one.token for seq, one in zip(sequences, drawn, strict=True)}
         return list(zip(sequences, drawn, strict=True))
+
+    def _score(self, run: Run, following: Tokens) -> list[Drawn]:
+        """How likely what follows each token of a run that has been computed was."""
+        size = self._caps.block_tokens
+        rows = np.zeros((len(following), self._caps.vocab_size), np.float32)
+        for at, row in enumerate(rows):
+            end = run.start + at
+            last = int(self._cells[run.block_table[end // size], end % size])
+            self._fill(row, replace(run, tokens=run.tokens[: at + 1]), last)
+        return score(rows, following, run.top)
 
     def _known(self, run: Run) -> Run:
         """A run whose input the step before has drawn, with that token and as of after it."""

@@ -11,13 +11,14 @@ import hashlib
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from typing import TypeAlias
 
 import numpy as np
 
 from kvpager.types import PriorityClass, SetQuota
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends.base import Backend, Handle, Step, StepFaultError, StepResult
+from pagedd_daemon.backends.base import Backend, Handle, Run, Step, StepFaultError, StepResult
 from pagedd_daemon.engine.branches import search_for
 from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.grammar import Grammars
@@ -25,6 +26,7 @@ from pagedd_daemon.engine.outbox import HOLD_S, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
+from pagedd_daemon.engine.scoring import told
 from pagedd_daemon.engine.snapshot import Totals, snapshot
 from pagedd_daemon.engine.turns import AppPolicy
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState
@@ -33,6 +35,7 @@ from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
 
 _STEPS_REMEMBERED = 64
 """Steps that their median time is taken over."""
+_NAN = "the model's output is not a number (NaN)"
 
 Say: TypeAlias = Callable[[m.StepReport], None]
 
@@ -175,6 +178,7 @@ class Engine:
             Whether a step was launched or collected.
         """
         self._take_grammars()
+        self._advance_searches()
         step = self._scheduler.plan(self._clock())
         self._announce()
         if step is not None and self._scheduler.in_stretch:
@@ -297,15 +301,15 @@ class Engine:
             else:
                 self._end_sample(sequence.request, sequence.index, "context")
         self._scheduler.stranded.clear()
-        for request in self._scheduler.branches.over:
-            self._end_search(request)
-        self._scheduler.branches.over.clear()
 
     def _retire(self, step: Step, result: StepResult, say: Say) -> None:
-        drawn = iter(result.drawn)
+        drawn, scored = iter(result.drawn), iter(result.scored)
         now = self._clock()
         kept: list[tuple[Sequence, list[Drawn]]] = []
+        unreadable: list[Request] = []
         for run, sequence in zip(step.runs, self._scheduler.launched, strict=True):
+            if run.follows is not None and not self._tell_prompt(sequence, run, next(scored)[1]):
+                unreadable.append(sequence.request)
             if not run.draws:
                 continue
             tokens = [next(drawn)[1] for _ in run.draws]
@@ -324,6 +328,18 @@ class Engine:
                 for child, one in zip(children, tokens[1:], strict=True):
                     self._accept(child, one)
             self._accept(sequence, tokens[0])
+        for request in unreadable:
+            if request.rid in self._requests:
+                self._reject(request, "E_ENGINE", _NAN, {}, cache=False)
+
+    def _tell_prompt(self, sequence: Sequence, run: Run, scored: Items[Drawn]) -> bool:
+        """Report log-probabilities of a prompt; False if they are not numbers."""
+        if any(one.token < 0 for one in scored):
+            return False
+        part = told(sequence, run.start, scored)
+        if part is not None and sequence.state is not SequenceState.ENDED:
+            self._outbox.prompt(part)
+        return True
 
     def _ends(self, request: Request, token: int) -> bool:
         """Whether a drawn token ends its sample and is no part of it."""
@@ -351,8 +367,7 @@ class Engine:
         if token < 0 and matcher is not None and matcher.error:
             self._reject(request, "E_GRAMMAR", matcher.error, {})
         elif token < 0:
-            why = "the model's output is not a number (NaN)"
-            self._reject(request, "E_ENGINE", why, {}, cache=False)
+            self._reject(request, "E_ENGINE", _NAN, {}, cache=False)
         elif self._ends(request, token) or sequence.sampler.complete:
             self._end_sample(request, sequence.index, "stop")
         elif sequence.generated >= request.stop.max_tokens:
@@ -387,6 +402,7 @@ class Engine:
             submitted_s=self._clock(),
             open_samples=set(range(message.index, message.index + message.n)),
             constrained=bool(message.grammar_kind),
+            prompt_logprobs=message.prompt_logprobs,
         )
         self._requests[request.rid] = request
         self._live[request.app] += 1
@@ -460,6 +476,16 @@ class Engine:
         self._outbox.ended(m.Ended(request.rid, index, reason))
         if not request.open_samples:
             self._close(request)
+
+    def _advance_searches(self) -> None:
+        """Searches take their steps before a plan is made: an end may change it."""
+        if self._scheduler.in_stretch:
+            return
+        self._scheduler.settle()
+        self._scheduler.branches.advance()
+        for request in self._scheduler.branches.over:
+            self._end_search(request)
+        self._scheduler.branches.over.clear()
 
     def _end_search(self, request: Request) -> None:
         """A beam search is over: say what it has found."""

@@ -135,6 +135,7 @@ class Entrance:
                 width=request.width,
                 group=request.rid,
                 whole=request.beams is not None,
+                fresh=request.prompt_logprobs >= 0,
             )
         )
         for verdict in verdicts:

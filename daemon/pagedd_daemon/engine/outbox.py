@@ -46,6 +46,11 @@ class Outbox:
         """A request's prompt begins to be computed."""
         self._report.started.append((rid, cached_tokens))
 
+    def prompt(self, scores: m.PromptScores) -> None:
+        """Log-probabilities of a part of a prompt."""
+        self._report.prompts.append(scores)
+        self._urgent = True
+
     def ended(self, ended: m.Ended) -> None:
         """A sample is over."""
         self._report.ended.append(ended)

@@ -331,10 +331,12 @@ def _draw_row(row: Row, sampler: Sampler) -> Drawn:
     _restore(row, before)
     if token < 0 or sampler.params.logprobs < 0:
         return Drawn(token)
-    return _with_logprobs(row, token, sampler.params.logprobs)
+    return with_logprobs(row, token, sampler.params.logprobs)
 
 
-def _with_logprobs(raw: Row, token: int, count: int) -> Drawn:
+def with_logprobs(raw: Row, token: int, count: int) -> Drawn:
+    """A token with its log-probability, and the ``count`` most likely ones, by the logits ``raw``;
+    -1 where these are not numbers."""
     peak = float(raw.max())
     if not math.isfinite(peak):
         return Drawn(-1)

@@ -28,13 +28,14 @@ from kvpager.types import (
     Tokens,
     Truncate,
 )
-from pagedd_daemon.backends.base import PENDING, Capabilities, Draw, Run, Step
+from pagedd_daemon.backends.base import PENDING, SCORED_ROWS, Capabilities, Draw, Run, Step
 from pagedd_daemon.engine.branches import Branches
 from pagedd_daemon.engine.entrance import Entrance, token_buffer
 from pagedd_daemon.engine.pace import Pace
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.residents import Residents
 from pagedd_daemon.engine.room import Room
+from pagedd_daemon.engine.scoring import follows
 from pagedd_daemon.engine.stepcost import StepCost
 from pagedd_daemon.engine.stretch import Stretch, steps_ahead
 from pagedd_daemon.engine.turns import Turns
@@ -177,7 +178,6 @@ class Scheduler:
         if self._stretch is not None:
             return self._stretch_step(self._stretch)
         self.settle()
-        self.branches.advance()
         decodes = self.turns.survey(self._waiting, self._residents.sequences.values(), now)
         if self._room.shrunk:
             self._room.give_way()
@@ -326,6 +326,7 @@ class Scheduler:
         wanted: list[tuple[Sequence, int]] = []
         # Where the step brings an interactive app its first token, nobody else's prompt delays it.
         answered = PriorityClass.BACKGROUND
+        rows = SCORED_ROWS
         for sequence, at_most in self.turns.prefilling():
             klass = sequence.request.klass
             if budget <= 0 or klass > answered:
@@ -333,6 +334,11 @@ class Scheduler:
             if not wanted and sequence.computable <= whole:
                 budget = max(budget, sequence.computable)
             count = min(sequence.computable, budget, at_most)
+            if sequence.request.prompt_logprobs >= 0:
+                if not rows:
+                    continue
+                count = min(count, rows)
+                rows -= count
             if count < sequence.pending and count > block:
                 count -= (sequence.computed + count) % block
             wanted.append((sequence, count))
@@ -382,6 +388,8 @@ class Scheduler:
             sequence.tokens.view(start, start + count) if known else _NOT_DRAWN,
             self._pool.pager.block_table(sequence.seq),
             draws,
+            follows(sequence, start, count),
+            sequence.request.prompt_logprobs,
         )
 
 

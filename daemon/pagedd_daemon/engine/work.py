@@ -85,6 +85,10 @@ class Request:
     """At the start of its grammar, once that is compiled."""
     beams: BeamGroup | None = None
     """It searches: its sequences are beams, numbered as they come, and ``samples`` is 1."""
+    prompt_logprobs: int = -1
+    """As in `pagedd_daemon.messages.Submit`."""
+    scored: int = 1
+    """Then: the position of the prompt whose log-probability is to be said next."""
     paused: bool = False
     outgrown: bool = False
     """Paged out, and nothing that others give back helps it (the pool is too small just now, or its

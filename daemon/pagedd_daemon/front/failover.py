@@ -46,7 +46,14 @@ def resumed(submit: Submit, samples: Sequence[Journalled]) -> Iterator[Submit]:
     for index, sample in enumerate(samples):
         if sample.reason is None:
             known = submit.prompt + pack_ids(sample.ids)
-            yield replace(submit, n=1, index=index, prompt=known, generated=len(sample.ids))
+            yield replace(
+                submit,
+                n=1,
+                index=index,
+                prompt=known,
+                generated=len(sample.ids),
+                prompt_logprobs=-1,  # they were told before the first token was
+            )
 
 
 def accounted(

@@ -21,9 +21,9 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from pagedd_daemon.front.limits import DEFAULT_LIMITS, Limits
+from pagedd_daemon.front.methods import Logprobs, Methods, check
+from pagedd_daemon.front.refusals import at_most, wrong
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_COUNT = 2**31 - 1
@@ -31,35 +31,6 @@ MAX_COUNT = 2**31 - 1
 
 
 # ------------------------------------------------------------------------------------- validators
-
-
-def over_limit(name: str, value: int, at_most: int) -> PydanticCustomError:
-    """Becomes ``E_LIMIT`` where the error is translated."""
-    return PydanticCustomError(
-        "limit",
-        "is over the limit {limit} of {max}",
-        {"limit": name, "value": value, "max": at_most},
-    )
-
-
-def wrong(reason: str, field: str = "") -> PydanticCustomError:
-    """Becomes ``E_FIELD``. ``reason`` must not hold what the client sent.
-
-    ``field`` is named by those who check a whole model; pydantic knows the others.
-    """
-    return PydanticCustomError("field", "{reason}", {"reason": reason, "field": field})
-
-
-def _limits(info: ValidationInfo) -> Limits:
-    limits = (info.context or {}).get("limits", DEFAULT_LIMITS)
-    assert isinstance(limits, Limits)
-    return limits
-
-
-def _at_most(name: str, value: int, info: ValidationInfo) -> None:
-    at_most: int = getattr(_limits(info), name)
-    if value > at_most:
-        raise over_limit(name, value, at_most)
 
 
 _PRINTABLE = re.compile(r"[ -~]+")
@@ -71,14 +42,14 @@ _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 def _id(value: str, info: ValidationInfo) -> str:
     if _PRINTABLE.fullmatch(value) is None:
         raise wrong("must be printable ASCII, at least one character")
-    _at_most("id_chars", len(value), info)
+    at_most("id_chars", len(value), info)
     return value
 
 
 def _app(value: str, info: ValidationInfo) -> str:
     if _APP.fullmatch(value) is None:
         raise wrong("must be made of A-Z a-z 0-9 . _ -, at least one character")
-    _at_most("app_chars", len(value), info)
+    at_most("app_chars", len(value), info)
     return value
 
 
@@ -104,38 +75,33 @@ def _some_text(value: str) -> str:
 
 
 def _samples(value: int, info: ValidationInfo) -> int:
-    _at_most("samples", value, info)
-    return value
-
-
-def _logprobs(value: int, info: ValidationInfo) -> int:
-    _at_most("logprobs", value, info)
+    at_most("samples", value, info)
     return value
 
 
 def _stop(value: list[str], info: ValidationInfo) -> list[str]:
-    _at_most("stop_strings", len(value), info)
+    at_most("stop_strings", len(value), info)
     for text in value:
         if not text:
             raise wrong("holds an empty string")
-        _at_most("stop_string_bytes", len(text.encode()), info)
+        at_most("stop_string_bytes", len(text.encode()), info)
     return value
 
 
 def _stop_token_ids(value: list[int], info: ValidationInfo) -> list[int]:
-    _at_most("stop_token_ids", len(value), info)
+    at_most("stop_token_ids", len(value), info)
     return value
 
 
 def _logit_bias(value: dict[int, float], info: ValidationInfo) -> dict[int, float]:
-    _at_most("logit_bias", len(value), info)
+    at_most("logit_bias", len(value), info)
     return value
 
 
 def _grammar(value: str, info: ValidationInfo) -> str:
     if not value:
         raise wrong("is empty")
-    _at_most("grammar_bytes", len(value.encode()), info)
+    at_most("grammar_bytes", len(value.encode()), info)
     return value
 
 
@@ -184,7 +150,7 @@ def _plain(value: Any) -> Any:
 
 
 def _messages(value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
-    _at_most("messages", len(value), info)
+    at_most("messages", len(value), info)
     for message in value:
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise wrong("holds a message without a role")
@@ -203,7 +169,7 @@ def _some_messages(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _tools(value: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
-    _at_most("tools", len(value), info)
+    at_most("tools", len(value), info)
     _plain(value)
     return value
 
@@ -255,7 +221,7 @@ class Hello(Request):
     client: Annotated[str, Field(max_length=64)] = ""
 
 
-class Generation(Request):
+class Generation(Methods, Request):
     """What all verbs that generate share."""
 
     model: Name | None = None
@@ -278,7 +244,7 @@ class Generation(Request):
     stop_token_ids: Annotated[list[TokenId], AfterValidator(_stop_token_ids)] = Field(
         default_factory=list
     )
-    logprobs: Annotated[int, Field(ge=0), AfterValidator(_logprobs)] | None = None
+    logprobs: Logprobs | None = None
     json_schema: GrammarText | None = None
     regex: GrammarText | None = None
     grammar: GrammarText | None = None
@@ -295,6 +261,7 @@ class Generation(Request):
         if given and (self.ignore_eos or self.min_tokens):
             field = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise wrong("contradicts a grammar, which says where the text ends", field)
+        check(self)
         return self
 
     def constraint(self) -> tuple[str, str]:
@@ -321,8 +288,13 @@ class Generation(Request):
             "frequency_penalty": self.frequency_penalty,
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
             "logit_bias": dict(self.logit_bias),
-            "logprobs": -1 if self.logprobs is None else self.logprobs,
+            "logprobs": self._asked_logprobs(),
         }
+
+    def _asked_logprobs(self) -> int:
+        if self.logprobs is None:
+            return 0 if self.chooses else -1  # the best are found by them
+        return self.logprobs
 
     def stopping(self) -> dict[str, Any]:
         """Fields of `pagedd_daemon.params.StopParams`."""
@@ -342,12 +314,20 @@ class Generate(Generation):
     prompt: Text | None = None
     tokens: SomeTokens | None = None
     n: Samples = 1
+    echo: bool = False
+    prompt_logprobs: Logprobs | None = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Generate:
         if (self.prompt is None) == (self.tokens is None):
             raise wrong("exactly one of prompt and tokens must be given", "prompt")
         return self
+
+    def told_of_prompt(self) -> int:
+        """As `pagedd_daemon.messages.Submit.prompt_logprobs`."""
+        if self.prompt_logprobs is not None:
+            return self.prompt_logprobs
+        return self.logprobs if self.echo and self.logprobs is not None else -1
 
 
 class Chat(Generation):

@@ -16,13 +16,15 @@ from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.apps import CLASSES, Apps, Standing
 from pagedd_daemon.front.calls import Call
 from pagedd_daemon.front.detokenizer import Detokenizer, PieceTable, pack_ids, unpack_ids
+from pagedd_daemon.front.echo import Echo
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.failover import POISON, accounted, resumed
+from pagedd_daemon.front.held import Held
 from pagedd_daemon.front.measures import Measures
 from pagedd_daemon.front.model_ports import Clock, Timer, wire_error
 from pagedd_daemon.front.models import Model, Models
 from pagedd_daemon.front.ports import Connection, Transport
-from pagedd_daemon.front.requests import Generation
+from pagedd_daemon.front.requests import Generate, Generation
 from pagedd_daemon.front.sessions import Turn
 from pagedd_daemon.messages import (
     Cancel,
@@ -42,7 +44,7 @@ from pagedd_daemon.messages import (
 class Sample:
     """One of the ``n`` continuations of a request."""
 
-    __slots__ = ("_detokenizer", "at", "ids", "reason", "tail")
+    __slots__ = ("_detokenizer", "at", "ids", "reason", "score", "tail")
 
     def __init__(self, table: PieceTable | None, stop: tuple[str, ...], min_tokens: int) -> None:
         """``table`` is None for a model without a tokeniser, whose samples have no text."""
@@ -51,6 +53,8 @@ class Sample:
         self.reason: str | None = None
         self.at = 0.0
         """When its last tokens came; 0 before the first."""
+        self.score: float | None = None
+        """By which it was chosen among others, if it was."""
         self.tail = ""
         """Text that was held back until the end."""
         self._detokenizer = None if table is None else Detokenizer(table, stop, min_tokens)
@@ -119,7 +123,12 @@ class Stream(Call):
         """From its arrival until the engine got it: loading, tokenising."""
         self.counted = 0
         """Generated tokens that its account was charged with."""
-        self.n: int = getattr(request, "n", 1)
+        self.n = request.wanted
+        """Samples of the reply."""
+        self.echo: Echo | None = None
+        """Its prompt, where the client wants to hear of it."""
+        self.held: Held | None = None
+        """What they have said, where they are not streamed."""
         self.standing: Standing | None = None
         """What it was submitted with."""
         self.started = False
@@ -180,7 +189,11 @@ class Streams:
         stopping["max_tokens"] = min(room, request.max_tokens)
         stop = tuple(request.stop)
         pieces = model.text.pieces
-        stream.samples = [Sample(pieces, stop, request.min_tokens) for _ in range(stream.n)]
+        drawn = request.drawn
+        stream.samples = [Sample(pieces, stop, request.min_tokens) for _ in range(drawn)]
+        if request.holds:
+            logprobs = request.logprobs is not None
+            stream.held = Held(drawn, ranked=request.chooses, logprobs=logprobs)
         stream.prompt = prompt
         stream.times[0] = self._clock.time()
         stream.waited_ms = (stream.times[0] - stream.arrived) * 1000
@@ -192,7 +205,9 @@ class Streams:
                 "model": model.entry.name,
             },
         )
-        standing = self._apps.stand(stream.account, stream.connection.priority, stream.n)
+        prompt_logprobs = _tell_of_prompt(stream, pieces)
+        at_once = request.sequences
+        standing = self._apps.stand(stream.account, stream.connection.priority, at_once)
         stream.standing = standing
         stream.submitted = Submit(
             rid=0,
@@ -200,11 +215,13 @@ class Streams:
             klass=standing.klass,
             root=standing.app.root,
             prompt=pack_ids(prompt),
-            n=stream.n,
+            n=drawn,
             sampling=sampling,
             stop=stopping,
             grammar_kind=kind,
             grammar=grammar,
+            beams=request.searching(),
+            prompt_logprobs=prompt_logprobs,
         )
         self._send(stream, model)
 
@@ -316,6 +333,12 @@ class Streams:
                 stream.started = True
                 stream.cached_tokens, stream.times[1] = cached, now
                 stream.account.running += 1
+        for scores in report.prompts:
+            stream = by_rid.get(scores.rid)
+            if stream is not None and not stream.over and stream.echo is not None:
+                part = stream.echo.part(scores.start, scores.logprobs)
+                if part is not None:
+                    stream.emit("prompt", part)
         for output in report.outputs:
             stream = by_rid.get(output.rid)
             if stream is not None and not stream.over:
@@ -350,10 +373,13 @@ class Streams:
             self._measure(stream, sample, count, now)
         stream.account.generated(count, now)
         stream.counted += count
-        if stream.turn is not None:
-            stream.texts.append(text)
         if not text and not count:
             return
+        if stream.held is not None:
+            stream.held.take(output.index, text, tokens, logprobs)
+            return
+        if stream.turn is not None:
+            stream.texts.append(text)
         event: dict[str, Any] = {"index": output.index, "text": text, "tokens": tokens}
         if logprobs is not None:
             event["logprobs"] = logprobs
@@ -375,8 +401,7 @@ class Streams:
             reason = "context"
         sample = stream.samples[ended.index]
         sample.end(reason)
-        if stream.turn is not None:
-            stream.texts.append(sample.tail)
+        sample.score = ended.score
 
     def _closed(self, stream: Stream, closed: Closed) -> None:
         stream.rids.discard(closed.rid)
@@ -408,8 +433,16 @@ class Streams:
             stream.samples = [Sample(None, (), 0) for _ in range(stream.n)]
         for sample in stream.samples:
             sample.end("cancelled")
+        if stream.held is not None:
+            _say_best(stream, stream.held)
+        stream.texts.append(stream.samples[0].tail)
         finish = [
-            {"index": i, "reason": sample.reason, "text": sample.tail}
+            {
+                "index": i,
+                "reason": sample.reason,
+                "text": sample.tail,
+                **({} if sample.score is None else {"score": sample.score}),
+            }
             for i, sample in enumerate(stream.samples)
         ]
         event = {"finish": finish, "usage": _usage(closed), "timings": _timings(closed, stream)}
@@ -457,6 +490,40 @@ def _poison(stream: Stream, how: str) -> WireError:
         f"{stream.deaths} engines died while they had this request, the last with {how}",
         details={"deaths": stream.deaths},
     )
+
+
+def _tell_of_prompt(stream: Stream, pieces: PieceTable | None) -> int:
+    """Say what is known of the prompt already, if the client wants to hear of it.
+
+    Returns:
+        The log-probabilities that the engine is asked for, as `Submit.prompt_logprobs`.
+    """
+    request = stream.request
+    if not isinstance(request, Generate):
+        return -1
+    logprobs = request.told_of_prompt()
+    if not request.echo and logprobs < 0:
+        return -1
+    stream.echo = Echo(stream.prompt, pieces, text=request.echo)
+    part = stream.echo.whole() if logprobs < 0 else stream.echo.first()
+    if part is not None:
+        stream.emit("prompt", part)
+    return logprobs
+
+
+def _say_best(stream: Stream, held: Held) -> None:
+    """Say what was held of the texts that are the reply; the others are forgotten."""
+    best = held.best(stream.n)
+    for place, index in enumerate(best):
+        for chunk in held.chunks(index):
+            if not place:
+                stream.texts.append(chunk["text"])
+            stream.emit("chunk", {"index": place, **chunk})
+        score = held.score(index)
+        if score is not None:
+            stream.samples[index].score = score
+    stream.samples = [stream.samples[index] for index in best]
+    stream.held = None
 
 
 def _check(request: Generation, prompt: array[int], model: Model) -> int:

@@ -382,7 +382,7 @@ def _translated(error: ValidationError, kind: type[r.Request]) -> WireError:
         made.message = f"{path}: {made.message}"
         return made
     reason = first["msg"][:200]
-    details: dict[str, Any] = {"field": path, "reason": first["type"]}
+    details: dict[str, Any] = {"field": path, "reason": first["type"], **context.get("figures", {})}
     if first["type"] == "extra_forbidden":
         nearest = next(iter(difflib.get_close_matches(path, list(kind.model_fields), n=1)), None)
         reason = f"{kind.verb} has no such field"

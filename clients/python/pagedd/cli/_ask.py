@@ -36,6 +36,9 @@ _SAMPLING: tuple[tuple[str, type, str], ...] = (
 )
 
 
+_STOPPING: dict[str | None, bool] = {"true": True, "false": False}
+
+
 def generates(command: _Command) -> _Command:
     """Adds the options of a generation; they arrive as keyword arguments, None if not given."""
     for name, kind, text in reversed(_SAMPLING):
@@ -61,6 +64,17 @@ def generates(command: _Command) -> _Command:
 @commands.command()
 @click.argument("prompt")
 @click.option("-n", "--samples", "n", type=int, help="Samples to draw, 1 to 16.")
+@click.option("--best-of", type=int, help="Draw so many, and show the -n likeliest per token.")
+@click.option("--beams", "beam_width", type=int, help="Search with so many beams.")
+@click.option("--length-penalty", type=float, help="Of a search; above 0 favours long texts.")
+@click.option(
+    "--early-stopping",
+    type=click.Choice(["true", "false", "never"]),
+    callback=lambda _context, _parameter, value: _STOPPING.get(value, value),
+    help="Of a search: when it is over.",
+)
+@click.option("--echo", is_flag=True, default=None, help="Show the prompt too.")
+@click.option("--prompt-logprobs", type=int, help="Of the prompt's tokens (with --json).")
 @generates
 def run(
     prompt: str,
@@ -81,11 +95,16 @@ def run(
     ):
         _notice(client, json_)
         several = (options["n"] or 1) > 1
-        _show(stream, quiet=json_ or several)
+        whole = several or bool(options["echo"])
+        _show(stream, quiet=json_ or whole)
         result = stream.result
     if json_:
         out.print_json(dataclasses.asdict(result))
         return
+    if options["echo"] and result.prompt is not None:
+        click.echo(out.printable(result.prompt.text), nl=several)
+    if whole and not several:
+        click.echo(out.printable(result.text))
     if several:
         for sample in result.samples:
             click.echo(f"--- {sample.index} ({sample.reason})\n{out.printable(sample.text)}")

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from pagedd_daemon.backends.base import (
 from pagedd_daemon.backends.paged.arena import PADDING_BLOCKS, Arena
 from pagedd_daemon.backends.paged.caches import CompileCounter
 from pagedd_daemon.backends.paged.layout import Buckets, Layout, StepShape, layout
+from pagedd_daemon.backends.paged.prompts import PromptScores, joined, score_prompts
 from pagedd_daemon.backends.paged.runner import Model, Runner
 from pagedd_daemon.backends.paged.sampling import CountTable, StagedDraw, Wanted, stage
 from pagedd_daemon.backends.paged.slabs import RamTier
@@ -86,6 +87,7 @@ class _Handle:
     draws: list[Draw]
     results: _Results
     scored: list[_Scored]
+    prompts: list[PromptScores]
     seconds: float
     """On the CPU, where the work is done."""
 
@@ -263,14 +265,16 @@ class PagedBackend:
         self._begun = results.begun
         draws: list[Draw] = []
         scored: list[_Scored] = []
-        self._compute(step.runs, draws, scored)
+        prompts: list[PromptScores] = []
+        self._compute(step.runs, draws, scored, prompts)
         count = len(draws)
         if count:
             results.tokens[:count].copy_(self._runner.drawn[:count], non_blocking=True)
         if results.done is not None:
             results.done.record()
         self._pending = {draw.seq: at for at, draw in enumerate(draws)}
-        return _Handle(step.epoch, draws, results, scored, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return _Handle(step.epoch, draws, results, scored, prompts, seconds)
 
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`."""
@@ -283,9 +287,16 @@ class PagedBackend:
         drawn = [(draw.seq, Drawn(token)) for draw, token in zip(handle.draws, tokens, strict=True)]
         for part in handle.scored:
             _add_logprobs(drawn, handle.draws, part)
-        return StepResult(handle.epoch, drawn, seconds)
+        told = joined(handle.prompts)
+        return StepResult(handle.epoch, drawn, seconds, told)
 
-    def _compute(self, runs: Sequence[Run], draws: list[Draw], scored: list[_Scored]) -> None:
+    def _compute(
+        self,
+        runs: Sequence[Run],
+        draws: list[Draw],
+        scored: list[_Scored],
+        prompts: list[PromptScores],
+    ) -> None:
         """Compute the runs, in smaller pieces where memory runs out.
 
         Raises:
@@ -295,7 +306,7 @@ class PagedBackend:
         while rest:
             piece, left = cut(rest, self._piece_tokens)
             try:
-                self._compute_piece(piece, draws, scored)
+                self._compute_piece(piece, draws, scored, prompts)
             except torch.OutOfMemoryError as error:
                 self._retreat(error)
             else:
@@ -309,7 +320,13 @@ class PagedBackend:
         log.warning("out of memory: steps in pieces of %d tokens", self._piece_tokens)
         torch.cuda.empty_cache()
 
-    def _compute_piece(self, runs: Sequence[Run], draws: list[Draw], scored: list[_Scored]) -> None:
+    def _compute_piece(
+        self,
+        runs: Sequence[Run],
+        draws: list[Draw],
+        scored: list[_Scored],
+        prompts: list[PromptScores],
+    ) -> None:
         """Logits of some runs, and what is drawn from them, added to ``draws``."""
         where, captured = self._layout(runs)
         self._buffers.rotate(-1)
@@ -329,6 +346,9 @@ class PagedBackend:
         buffer.copy_to(self._runner.inputs, staged.end)
         try:
             logits = self._runner.run(where, filled.max_query)
+            following = [run for run in runs if run.follows is not None]
+            if following:
+                prompts.append(score_prompts(logits[len(filled.drawing) :], following))
             if not wanted:
                 return
             sampled = self._draw(logits, wanted, staged)
@@ -354,8 +374,9 @@ class PagedBackend:
         tokens, count = sum(len(run.tokens) for run in runs), len(runs)
         decode = tokens == count and all(run.draws for run in runs)
         shape = self._buckets.fit(tokens, count, decode) if self._buckets is not None else None
-        if shape is None:
-            rows = sum(1 for run in runs if run.draws)
+        scored = sum(len(run.follows) for run in runs if run.follows is not None)
+        if shape is None or (scored and count + scored > shape.rows):
+            rows = scored + sum(1 for run in runs if run.draws)
             return layout(StepShape(tokens, count, rows, False)), False
         known = self._layouts.get(shape)
         if known is None:
@@ -382,8 +403,11 @@ def cut(runs: Sequence[Run], tokens: int) -> tuple[Sequence[Run], Sequence[Run]]
         if length > room:
             if not room:
                 return runs[:at], runs[at:]
-            head = Run(run.seq, run.start, run.tokens[:room], run.block_table)
-            tail = Run(run.seq, run.start + room, run.tokens[room:], run.block_table, run.draws)
+            first, rest = run.follows, run.follows
+            if first is not None and rest is not None:
+                first, rest = first[:room], rest[room:] if len(rest) > room else None
+            head = replace(run, tokens=run.tokens[:room], draws=(), follows=first)
+            tail = replace(run, start=run.start + room, tokens=run.tokens[room:], follows=rest)
             return [*runs[:at], head], [tail, *runs[at + 1 :]]
         room -= length
     return runs, ()

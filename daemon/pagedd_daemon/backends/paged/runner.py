@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pagedd_daemon.backends.base import SCORED_ROWS
 from pagedd_daemon.backends.paged.graphs import Capturer, Graph
 from pagedd_daemon.backends.paged.layout import Layout, StepShape, layout
 from pagedd_daemon.backends.paged.staging import device_arrays
@@ -64,7 +65,8 @@ class Limits:
     def buffer_bytes(self) -> int:
         """Of the largest step, its tables and the parameters of its draws."""
         sequences = self.sequences
-        largest = layout(StepShape(self.step_tokens, sequences + 1, sequences, False))
+        rows = sequences + SCORED_ROWS
+        largest = layout(StepShape(self.step_tokens, sequences + 1, rows, False))
         tables = 4 * sequences * self.table_width
         return largest.tables + tables + SAMPLING_BYTES_PER_ROW * sequences
 

@@ -103,7 +103,8 @@ class Filled:
     blocks: int
     """Blocks in ``tables``."""
     drawing: list[int]
-    """The runs that draw, in the order of their rows of logits."""
+    """The runs that draw, in the order of their rows of logits. Behind these are the rows of
+    `Run.follows`, in the order of the runs."""
     ahead: list[int]
     """For each of them, whether its last token is `PENDING`: 1, else 0."""
     max_query: int
@@ -171,7 +172,12 @@ def fill(
     rows = host.logit_rows
     wanted = ends[drawing] - 1
     rows[: len(drawing)] = wanted
-    rows[len(drawing) :] = 0
+    used = len(drawing)
+    for at, run in enumerate(runs):
+        if run.follows is not None:
+            begin, used = used, used + len(run.follows)
+            rows[begin:used] = np.arange(first[at], first[at] + used - begin)
+    rows[used:] = 0
     return Filled(
         blocks=blocks,
         drawing=drawing,
