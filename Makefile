@@ -44,6 +44,9 @@ bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for o
 bench-service: $(READY) ## measure what living with the service costs, about 4 minutes
 	@$(BIN)/python -m benchmarks.living
 
+chaos: $(READY) ## kill engines under load and look at what clients see, 35 minutes or so; KILLS=60 for fewer
+	@$(BIN)/python -m benchmarks.chaos $(if $(KILLS),--kills $(KILLS))
+
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
 	@$(BIN)/python -m benchmarks.paper
 

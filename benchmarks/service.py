@@ -20,7 +20,6 @@ from benchmarks.report import ROOT
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 START_SECONDS = 120.0
-_SERVE = (sys.executable, "-m", "pagedd_daemon")
 
 
 class DaemonError(Exception):
@@ -50,6 +49,8 @@ def environment() -> dict[str, str]:
 class Daemon:
     """A running ``pagedd serve``, ready when the constructor returns."""
 
+    command: tuple[str, ...] = (sys.executable, "-m", "pagedd_daemon")
+
     def __init__(self, *arguments: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pagedd-bench-")
         self.socket_dir = Path(self._folder.name)
@@ -57,7 +58,7 @@ class Daemon:
         self._log = self.socket_dir / "log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*_SERVE, "--socket-dir", str(self.socket_dir), *arguments],
+                [*self.command, "--socket-dir", str(self.socket_dir), *arguments],
                 cwd=ROOT,
                 env=environment(),
                 stdin=subprocess.DEVNULL,

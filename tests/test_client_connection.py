@@ -137,7 +137,7 @@ def test_a_daemon_that_dies_wakes_every_waiting_thread(
     daemon.die()
     for thread in threads:
         thread.join(timeout=10)
-    assert failures == ["E_CONNECTION"] * 4
+    assert failures == ["E_SESSION_LOST"] * 4
 
 
 def test_closing_ends_the_calls_of_other_threads(daemon: FakeDaemon) -> None:

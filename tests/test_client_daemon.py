@@ -188,8 +188,9 @@ def test_a_killed_daemon_is_an_error_at_once_and_its_processes_follow() -> None:
         stream = client.generate("x", max_tokens=LONG, ignore_eos=True)
         next(stream)
         own.kill()
-        with pytest.raises(pagedd.ConnectionFailed):
+        with pytest.raises(pagedd.SessionLost) as lost:
             stream.wait()
+        assert (lost.value.code, lost.value.retryable) == ("E_SESSION_LOST", True)
         with pytest.raises(pagedd.ConnectionFailed):
             client.ping()
         assert own.wait() == -9

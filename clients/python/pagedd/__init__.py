@@ -31,6 +31,7 @@ from pagedd._errors import (
     ProtocolViolation,
     RequestError,
     RequestTimeout,
+    SessionLost,
     UnknownSession,
 )
 from pagedd._sync import Client, Control, Session, Stream
@@ -81,6 +82,7 @@ __all__ = [
     "Sample",
     "ServerInfo",
     "Session",
+    "SessionLost",
     "SessionSummary",
     "Stream",
     "Timings",

@@ -15,10 +15,10 @@ from typing import Any
 import msgpack
 
 from pagedd._errors import (
-    ConnectionFailed,
     InvalidRequest,
     PageddError,
     ProtocolViolation,
+    SessionLost,
     from_wire,
 )
 from pagedd._types import (
@@ -284,7 +284,7 @@ def error_of(event: Event) -> PageddError:
     """The exception for an ``error`` event."""
     if event.get("code") == "E_HELLO":
         # We said hello first; so this is another daemon than the one that heard it.
-        return ConnectionFailed("the daemon does not know this connection: connect again")
+        return SessionLost("the daemon does not know this connection: connect again")
     return from_wire(event)
 
 

@@ -5,6 +5,7 @@
     PageddError                     code, retryable, details
     ├── ConnectionFailed            no daemon, refused, or gone
     │   ├── DaemonNotRunning        nothing listens on the socket
+    │   ├── SessionLost             the daemon ended: what it knew of this client is gone
     │   └── AccessDenied            the daemon refused this user
     ├── RequestTimeout              a call's own deadline passed
     ├── ProtocolViolation           the daemon said what the protocol does not allow
@@ -69,6 +70,15 @@ class DaemonNotRunning(ConnectionFailed):
     """Nothing listens on the socket."""
 
     code = "E_NOT_RUNNING"
+
+
+class SessionLost(ConnectionFailed):
+    """The connection that was open is gone, and with it its sessions and live requests.
+
+    The same call may be made again on a new connection: nobody else has what this one began.
+    """
+
+    code = "E_SESSION_LOST"
 
 
 class AccessDenied(ConnectionFailed):

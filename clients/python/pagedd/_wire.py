@@ -18,7 +18,7 @@ from pathlib import Path
 import zmq
 
 from pagedd._core import MAX_FRAME_BYTES
-from pagedd._errors import AccessDenied, ConnectionFailed, DaemonNotRunning
+from pagedd._errors import AccessDenied, ConnectionFailed, DaemonNotRunning, SessionLost
 from pagedd._paths import MAX_SOCKET_PATH_BYTES
 
 LINGER_MS = 500
@@ -199,7 +199,7 @@ class Wire:
     def _gone(self) -> ConnectionFailed:
         if self._denied:
             return self._access_denied()
-        return ConnectionFailed(
+        return SessionLost(
             f"the daemon at {self.path} closed the connection: it ended, or it was sent more than "
             "its limits allow",
             details={"socket": str(self.path)},

@@ -56,6 +56,7 @@ _ADVICE = {
     "E_ACCESS": "Run it as the user whose daemon it is.",
     "E_BUSY": "Wait until something is done, or see 'pagedd ps'.",
     "E_CONFIG": "Correct it, then try again.",
+    "E_SESSION_LOST": "See with 'pagedd status' whether it is back, then try again.",
     "E_CONNECTION": "See with 'pagedd status' whether it is back, then try again.",
     "E_DEADLINE": "Try again, or give it more time.",
     "E_DRAINING": "Start the daemon again with 'pagedd serve', then try again.",

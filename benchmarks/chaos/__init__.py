@@ -1,0 +1,1 @@
+"""`make chaos`: what clients see while engines are killed."""

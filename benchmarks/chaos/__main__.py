@@ -1,0 +1,258 @@
+"""``make chaos``: engines are killed, and clients look at what became of their streams.
+
+``simulated`` compares whole texts with those of a daemon whose engine nobody kills. ``killed``
+measures pauses on the CPU with the packaged model, whose texts are compared by what a plain run
+would have thought of each token, since in quantised weights another batch gives other texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.chaos.streams import Record, Round, play, prompts
+from benchmarks.report import Report, Row
+from benchmarks.service import Daemon, packaged_model
+from pagedd_daemon.backends.llama_api import Context, ContextOptions, Model
+
+KILLS = 200
+FIRST_TOKENS = 400
+"""Kills are spread evenly over so many tokens of a stream."""
+KILLS_A_ROUND = 2
+"""One more, and the streams would be suspected to be what engines die of."""
+LONG_ROUND = 8
+"""One round in so many is long."""
+WATCHED_S = 5.5
+
+
+class ChaosDaemon(Daemon):
+    """A daemon of `benchmarks.chaos.serve`."""
+
+    command = (sys.executable, "-m", "benchmarks.chaos.serve")
+
+
+def serve(model: str, backend: str, *more: str) -> ChaosDaemon:
+    """Started, with the model loaded."""
+    return ChaosDaemon("--model", model, "--backend", backend, *more)
+
+
+def _points(dice: random.Random) -> list[int]:
+    return sorted(dice.randrange(1, FIRST_TOKENS) for _ in range(KILLS_A_ROUND))
+
+
+def _wrong(rounds: list[Round]) -> int:
+    """Streams that lost or repeated a token by their count, or ended with an error."""
+    return sum(
+        bool(record.failure) or record.counted != len(record.reply)
+        for round_ in rounds
+        for record in round_.records
+    )
+
+
+# ------------------------------------------------------------------------------------ exactly
+
+
+def simulated(report: Report, kills: int) -> None:
+    """The same texts, token by token, as if nobody had died."""
+    dice = random.Random(1)
+    texts = prompts(1, 127)
+    rounds: list[Round] = []
+    with serve("simulated", "simulated", "--step-us", "1000") as daemon:
+        plain = asyncio.run(play(daemon, texts, [], max_tokens=FIRST_TOKENS + 60))
+        while sum(len(round_.killed) for round_ in rounds) < kills:
+            points = _points(dice)
+            rounds.append(asyncio.run(play(daemon, texts, points, max_tokens=FIRST_TOKENS + 60)))
+    changed = sum(
+        record.reply != wanted.reply
+        for round_ in rounds
+        for record, wanted in zip(round_.records, plain.records, strict=True)
+    )
+    killed = sum(len(round_.killed) for round_ in rounds)
+    streams = sum(len(round_.records) for round_ in rounds)
+    note = f"{killed} kills of the simulated engine, {streams} streams of {FIRST_TOKENS + 60}"
+    report.add(Row("killed: texts that differ from an undisturbed run", changed, "", "== 0", note))
+
+
+# ------------------------------------------------------------------------------------ measured
+
+
+class Plain:
+    """llama.cpp alone, quantised as the daemon computes."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = Model(str(path), lambda _: None)
+        options = ContextOptions(2048, 512, os.cpu_count() or 1, "f16", True)
+        self._context = Context(self._model, options)
+
+    def logits(self, text: list[int], chunk: int) -> npt.NDArray[np.float32]:
+        """Logits after each token, float32, ``(tokens, vocab)``, computed in such pieces."""
+        context, rows = self._context, []
+        context.remove(0)
+        for start in range(0, len(text), chunk):
+            part = text[start : start + chunk]
+            n = len(part)
+            context.tokens[:n] = part
+            context.positions[:n] = np.arange(start, start + n)
+            context.sequences[:n] = 0
+            context.wanted[:n] = 1
+            if context.decode(n):
+                raise RuntimeError("llama.cpp refused a plain run")
+            rows.append(context.logits(n).copy())
+        return np.concatenate(rows)
+
+    def close(self) -> None:
+        """Free it."""
+        self._context.close()
+        self._model.close()
+
+
+def _compare(records: list[Record], path: Path) -> tuple[float, float]:
+    """The most that a token lies behind the best logit of a plain run at its place; and how much
+    it may: 1.5 times the largest change of the gap of the two best between two plain runs that
+    differ in their chunks alone."""
+    worst = change = 0.0
+    with closing(Plain(path)) as plain:
+        for at, record in enumerate(records):
+            text = [*record.prompt, *record.reply[:-1]]
+            rows = plain.logits(text, 512)[len(record.prompt) - 1 :]
+            behind = rows.max(axis=1) - rows[np.arange(len(rows)), record.reply]
+            worst = max(worst, float(behind.max()))
+            if at < 4:
+                other = plain.logits(text, 48)[len(record.prompt) - 1 :]
+                gaps = [np.diff(np.sort(r, axis=1)[:, -2:], axis=1) for r in (rows, other)]
+                change = max(change, float(np.abs(gaps[0] - gaps[1]).max()))
+    return worst, 1.5 * change
+
+
+def killed(report: Report, kills: int) -> None:
+    """Pauses, and what comes after them."""
+    dice = random.Random(2)
+    rounds: list[Round] = []
+    with serve(str(packaged_model()), "llama.cpp") as daemon:
+        done = 0
+        while done < kills:
+            points = _points(dice)
+            # Some go on until the speed of afterwards can be told.
+            long = len(rounds) % LONG_ROUND == 0
+            size = 10**4 if not long else FIRST_TOKENS + 400
+            texts = prompts(len(rounds), 40_000)
+            after = 300 if long else 24
+            rounds.append(asyncio.run(play(daemon, texts, points, max_tokens=size, after=after)))
+            done += len(rounds[-1].killed)
+    _tell(report, rounds)
+
+
+def _tell(report: Report, rounds: list[Round]) -> None:
+    kills = sum(len(round_.killed) for round_ in rounds)
+    streams = [record for round_ in rounds for record in round_.records]
+    note = f"{kills} kills, {len(streams)} streams, 2 kills in each"
+    report.add(
+        Row("killed: streams with lost or repeated tokens", _wrong(rounds), "", "== 0", note)
+    )
+    sample = random.Random(3).sample(streams, min(len(streams), 16 if report.quick else 48))
+    worst, delta = _compare(sample, packaged_model())
+    note = f"{sum(len(r.reply) for r in sample)} tokens of {len(sample)} streams, 1.5 times what"
+    note += " chunking alone changes"
+    what = "killed: most that a token lies behind the best of a plain run"
+    report.add(Row(what, worst, "logits", f"<= {delta:.3f}", note))
+    pauses = [r.pause(at) for round_ in rounds for at in round_.killed for r in round_.records]
+    pauses = sorted(p for p in pauses if not math.isnan(p))
+    tail = pauses[int(0.95 * len(pauses))]
+    note = f"{len(pauses)} pauses, p95 {tail:.2f} s, longest {pauses[-1]:.2f} s"
+    what = "killed: pause of a stream, last event before to first after, p50"
+    report.add(Row(what, statistics.median(pauses), "s", "<= 2", note))
+    back = [
+        seconds
+        for round_ in rounds
+        for at in round_.killed
+        if not math.isnan(seconds := round_.recovered(at, 0.95, 1.0, WATCHED_S))
+    ]
+    middle = statistics.median(back) if back else float("nan")
+    share = sum(seconds <= 5.0 for seconds in back) / len(back) if back else float("nan")
+    note = f"{len(back)} kills that were watched for {WATCHED_S} s; {100 * share:.0f} % within 5 s"
+    what = "killed: until 95 % of the tokens a second of before, p50"
+    report.add(Row(what, middle, "s", "<= 5", note))
+
+
+def stopped(report: Report, _: int) -> None:
+    """An engine that is stopped in the middle of a step."""
+    with serve(str(packaged_model()), "llama.cpp") as daemon:
+        # A second or two of steps, so that the daemon knows how long they take.
+        round_ = asyncio.run(
+            play(daemon, prompts(9, 40_000), [150], max_tokens=260, how=signal.SIGSTOP)
+        )
+    (at,) = round_.killed
+    pauses = [record.pause(at) for record in round_.records]
+    report.add(Row("stopped: streams with lost or repeated tokens", _wrong([round_]), "", "== 0"))
+    note = "bound: 40 median steps, at least 10 s, told in ticks of 1 s"
+    report.add(Row("stopped: pause of a stream, longest", max(pauses), "s", "<= 14", note))
+
+
+def cost(report: Report, _: int) -> None:
+    """Tokens a second with writing through, and without."""
+    turns = 2 if report.quick else 4
+    texts = prompts(4, 40_000)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    model = str(packaged_model())
+    with (
+        serve(model, "llama.cpp") as through,
+        serve(model, "llama.cpp", "--no-write-through") as without,
+    ):
+        for turn in range(turns):
+            for on in ((True, False), (False, True))[turn % 2]:
+                daemon = through if on else without
+                round_ = asyncio.run(play(daemon, texts, [], max_tokens=260))
+                begin = max(r.arrivals[0][0] for r in round_.records)
+                end = min(r.arrivals[-1][0] for r in round_.records)
+                rates[on].append(round_.rate(begin, end))
+    with_, plain = statistics.median(rates[True]), statistics.median(rates[False])
+    note = f"{with_:.1f} against {plain:.1f} tok/s of 8 streams, medians of {turns} in turns"
+    row = Row("cost of writing through", 100 * (1 - with_ / plain), "%", "<= 2", note)
+    report.add(row)
+
+
+PARTS: dict[str, Callable[[Report, int], None]] = {
+    "simulated": simulated,
+    "killed": killed,
+    "stopped": stopped,
+    "cost": cost,
+}
+
+
+def main() -> int:
+    """Run the parts; exit status 1 if a row misses what it must reach."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = ", ".join(PARTS)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{names}; default: all of them")
+    parser.add_argument("--kills", type=int, default=KILLS, help="of each kind of engine")
+    arguments = parser.parse_args()
+    chosen = arguments.parts
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}; there are {names}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = Report("chaos", quick=bool(os.environ.get("PAGEDD_QUICK")))
+    begin = time.monotonic()
+    for name in chosen or PARTS:
+        PARTS[name](report, 10 if report.quick else arguments.kills)
+    print(f"took {time.monotonic() - begin:.0f} s")
+    if chosen:
+        print("a part of the benchmark: no result file is written")
+        return report.show()
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
