@@ -80,7 +80,10 @@ class Daemon:
             except pagedd.DaemonNotRunning:
                 time.sleep(0.05)
                 continue
-            client.load()
+            try:
+                client.load(timeout=START_SECONDS)
+            except pagedd.PageddError as error:
+                raise DaemonError(f"no model was loaded: {error}\n{self.log_end()}") from error
             return client
         raise DaemonError(f"the daemon did not start:\n{self.log_end()}")
 
