@@ -17,6 +17,7 @@ import psutil
 
 from benchmarks import decoding, overhead, pool
 from benchmarks.report import Report
+from benchmarks.returning import returning
 from benchmarks.service import Daemon, packaged_model
 from tests.support.f32_model import f32_copy
 
@@ -59,12 +60,18 @@ def pressure(report: Report) -> None:
     pool.pressure_exact(report, f32_copy(packaged_model()), threads())
 
 
+def agents(report: Report) -> None:
+    """Agents that return after a pause."""
+    returning(report, packaged_model(), threads())
+
+
 PARTS: dict[str, Callable[[Report], None]] = {
     "decode": decode,
     "full-pool": full_pool,
     "prefixes": prefixes,
     "pressure": pressure,
     "added-time": overhead.added_time,
+    "returning": agents,
 }
 
 

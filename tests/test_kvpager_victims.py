@@ -11,6 +11,8 @@ from kvpager import (
     Denied,
     Fork,
     Free,
+    Pager,
+    PagerConfig,
     Preempt,
     Preempted,
     PreemptMode,
@@ -151,3 +153,14 @@ def test_rates_that_cannot_be_are_refused() -> None:
         Caller().pager.observe(load_tokens_per_s=1.0, tier=Tier.GPU)
     with pytest.raises(ValueError, match="positive"):
         Caller().pager.observe(load_tokens_per_s=0.0)
+
+
+def test_the_rates_that_are_known_are_told_by_name() -> None:
+    pager = Pager(PagerConfig(gpu_blocks=2, ram_blocks=2, disk_blocks=2))
+    assert pager.rates() == {}
+    pager.observe(prefill_tokens_per_s=100.0)
+    pager.observe(load_tokens_per_s=50.0, tier=Tier.DISK)
+    pager.observe(load_tokens_per_s=500.0, store_tokens_per_s=400.0)
+    pager.observe(load_tokens_per_s=1_000.0)
+    rates = {"prefill": 100.0, "disk_load": 50.0, "ram_load": 600.0, "ram_store": 400.0}
+    assert pager.rates() == rates

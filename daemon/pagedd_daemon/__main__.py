@@ -20,10 +20,11 @@ def main() -> int:
     parser.add_argument("--model", help="name or path, loaded at the start")
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--socket-dir", type=Path, default=socket_dir())
+    parser.add_argument("--disk-folder", type=Path)
     parser.add_argument("--log-level")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES)
     parser.add_argument("--flash-attention", action=argparse.BooleanOptionalAction)
-    for name in ("kv-tokens", "ram-bytes", "threads", "context-tokens"):
+    for name in ("kv-tokens", "ram-bytes", "disk-bytes", "threads", "context-tokens"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("simulated-step-us", "simulated-token-us"):
         parser.add_argument(f"--{name}", type=int)

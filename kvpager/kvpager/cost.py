@@ -44,6 +44,13 @@ class CostModel:
         if store_tokens_per_s is not None:
             self.stores[tier] = _smooth(self.stores.get(tier), store_tokens_per_s)
 
+    def rates(self) -> dict[str, float]:
+        """Every rate that is known, by name."""
+        found = {} if self.prefill is None else {"prefill": self.prefill}
+        for name, rates in (("load", self.loads), ("store", self.stores)):
+            found |= {f"{tier.name.lower()}_{name}": rate for tier, rate in rates.items()}
+        return found
+
     @property
     def load(self) -> float | None:
         """Of the fastest tier that has been measured."""

@@ -215,6 +215,11 @@ class Pager:
             tier=tier,
         )
 
+    def rates(self) -> dict[str, float]:
+        """What `observe` was told, smoothed, in tokens per second: ``prefill``, and ``ram_load``,
+        ``ram_store``, ``disk_load`` and ``disk_store``; those that are known."""
+        return self._cost.rates()
+
     # ------------------------------------------------------------------------------ questions
 
     def block_table(self, seq: int) -> npt.NDArray[np.int32]:

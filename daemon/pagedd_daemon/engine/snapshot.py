@@ -14,7 +14,8 @@ Keys::
     apps       key -> {running, waiting, kv_gpu_tokens, kv_ram_tokens, kv_disk_tokens,
                prompt_tokens, cached_tokens, generated_tokens,
                share: of all that was charged in the last ten seconds, 0 to 1}
-    pager      {stored_pages, loaded_pages, copied_blocks, preemptions_swap, preemptions_recompute}
+    pager      {stored_pages, loaded_pages, copied_blocks, preemptions_swap, preemptions_recompute,
+               NAME_tokens_per_s: the rates that are known (`kvpager.Pager.rates`)}
     memory     {weights, kv_pool, ram_tier}, bytes
     troubles   sentences for people: what does not work as it was configured
     backend    what the backend counts (`Backend.counters`)
@@ -90,6 +91,7 @@ def snapshot(
             "copied_blocks": stats.copied_blocks,
             "preemptions_swap": stats.preemptions_swap,
             "preemptions_recompute": stats.preemptions_recompute,
+            **{f"{name}_tokens_per_s": round(rate) for name, rate in pager.rates().items()},
         },
         "memory": asdict(memory),
         "backend": backend.counters(),
