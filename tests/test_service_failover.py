@@ -6,6 +6,7 @@ from pagedd_daemon import messages as m
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.detokenizer import unpack_ids
 from pagedd_daemon.front.failover import POISON
+from pagedd_daemon.front.models import LOAD_MOST_S
 from pagedd_daemon.front.watchdog import FIRST_S, FLOOR_S, Watchdog
 from tests.support.front import Client, Clock, FakeEngine, Front, begun, ready, run
 
@@ -296,6 +297,24 @@ def test_an_engine_that_dies_while_it_takes_over_is_replaced_as_well() -> None:
             third = await front.source.engine(2)
             again = await third.hears(m.Submit)
             assert again.generated == 2
+
+    run(scenario())
+
+
+def test_an_engine_that_is_never_ready_is_given_up_and_followed_by_another() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            request, rid = await begun(client, engine)
+            await wrote(client, engine, request, rid, "ab")
+            front.source.automatic = False
+            engine.die()
+            stuck = await front.source.engine(1)
+            await stuck.hears(m.Configure)
+            front.source.automatic = True
+            front.clock.advance(LOAD_MOST_S)
+            assert (await (await front.source.engine(2)).hears(m.Submit)).generated == 2
+            assert stuck.stopped
 
     run(scenario())
 

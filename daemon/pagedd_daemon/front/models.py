@@ -26,6 +26,9 @@ from pagedd_daemon.messages import Failed, Ready
 
 log = logging.getLogger("pagedd.models")
 
+LOAD_MOST_S = 1800.0
+"""Seconds after which an engine that loads is taken for stuck: 100 GB from a slow disk."""
+
 _STOP_GRACE_S = 5.0
 """Seconds an unloaded engine gets to give its memory back."""
 
@@ -396,6 +399,10 @@ class Models:
         load the weights."""
         text = asyncio.ensure_future(self._text(entry, known))
         self._ready = ready = asyncio.get_running_loop().create_future()
+        late = WireError("E_ENGINE", f"the engine was not ready after {LOAD_MOST_S:g} s")
+        timer = self._clock.call_later(
+            LOAD_MOST_S, lambda: None if ready.done() else ready.set_exception(late)
+        )
         engine: Engine | None = None
         try:
             self._engine = engine = await self._source.spawn(self)
@@ -409,6 +416,7 @@ class Models:
                 raise WireError("E_ENGINE", f"the engine could not be started: {error}") from error
             raise
         finally:
+            timer.cancel()
             text.cancel()
             ready.cancel()
 
