@@ -23,7 +23,7 @@ from benchmarks.report import RESULTS, Report, machine_words
 
 def _stages() -> dict[str, Callable[[Report], None]]:
     # Imported here, since `--help` must not need torch.
-    from benchmarks.gpu import checks, decode, loading, memory, prefill
+    from benchmarks.gpu import checks, decode, loading, memory, prefill, returning
 
     return {
         "check": checks.texts_against_cpu,
@@ -35,6 +35,7 @@ def _stages() -> dict[str, Callable[[Report], None]]:
         "scan": decode.scan,
         "give-back": memory.give_back,
         "swap": memory.swap,
+        "returning": returning.returning,
         "energy": prefill.energy,
         "start": _serving("start"),
         "daemon": _serving("through_daemon"),
