@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test test-gpu check bench-cpu bench-gpu bench-service bench-paper docs dist deb dist-test clean
+.PHONY: help demo test test-gpu check bench-cpu bench-desktop bench-gpu bench-service bench-paper docs dist deb dist-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,9 @@ bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machin
 
 bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for one of its stages
 	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY))
+
+bench-desktop: $(READY) ## five apps on one machine, beside llama.cpp's own server (built once); 25 minutes or so
+	@$(BIN)/python -m benchmarks.desktop
 
 bench-service: $(READY) ## measure what living with the service costs, about 4 minutes
 	@$(BIN)/python -m benchmarks.living
