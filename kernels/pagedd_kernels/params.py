@@ -56,6 +56,9 @@ class SampleParams:
     logits, float32 [N, B]."""
     masked: Tensor | None = None
     """int32 [N, M] padded with -1: ids that may not be drawn."""
+    allowed: tuple[Tensor, Tensor] | None = None
+    """Row of the second for each of N (-1: all ids), int32 [N]; and which ids may be drawn, a bit
+    each, the lowest bit of a word first, int32 [C, ceil(vocab / 32)]."""
     logprobs: int = -1
     """Most likely tokens to report per row beside the drawn one; -1: no log-probabilities."""
 

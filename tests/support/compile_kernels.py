@@ -125,6 +125,7 @@ def main() -> None:
     penalties = Penalties(one.int(), counts, one, one, one)
     bias = (counts[:, :3], logits[:, :3])
     sampling.adjust(logits, SampleParams(penalties=penalties, bias=bias, masked=counts[:, :3]))
+    sampling.adjust(logits, SampleParams(allowed=(one.int(), counts[:, :4008].contiguous())))
 
 
 if __name__ == "__main__":

@@ -195,6 +195,12 @@ def sampling(target: Target, vocab: int, spread: float, rows: int = 12) -> None:
             assert torch.equal(got.top_tokens[sound], expected.top_tokens[sound])
 
 
+def _words(vocab: int, random: torch.Generator) -> torch.Tensor:
+    """Four lines of bits, of which about half are set, the sign bits too."""
+    size = (4, -(-vocab // 32))
+    return torch.randint(-(2**31), 2**31, size, generator=random).to(torch.int32)
+
+
 def adjusted(target: Target, vocab: int = 700) -> None:
     """Bias, penalties and masks change logits as the reference does, and counts follow."""
     rows = 6
@@ -209,6 +215,7 @@ def adjusted(target: Target, vocab: int = 700) -> None:
         penalties=Penalties(table, counts, column, column * 0.3, column * 0.2),
         bias=(ids, torch.tensor([[2.0, -1.0, 0.0]] * rows, device=target.device)),
         masked=torch.tensor([[7, -1]] * rows, dtype=torch.int32, device=target.device),
+        allowed=(table.flip(0), _words(vocab, random).to(target.device)),
     )
     kept = logits.clone()
     close(

@@ -166,7 +166,9 @@ def rehearse(changes: Mapping[str, object]) -> dict[str, object]:
     config = model.config
     shape = PoolShape(config.layers, 16, config.kv_heads, config.head_dim, dtype)
     arena = PlainArena(shape, 8, model.device)
-    runner = Runner(model, arena.kv, Limits(MOST, STEP_TOKENS, CONTEXT, 16), Capturer())
+    runner = Runner(
+        model, arena.kv, Limits(MOST, STEP_TOKENS, CONTEXT, 16, config.vocab_size), Capturer()
+    )
     buckets = Buckets(decode_buckets(MOST), MIXED, MOST)
     report = LoadReport()
     Compiled.names.clear()

@@ -40,13 +40,17 @@ class Matcher:
         A copy since nearly all of a row changes; the caller needs the model's own for the others
         that draw from it. All of it is -inf where the grammar has met a limit (`error`).
         """
-        if self._matcher.is_error():
-            return np.full_like(row, -np.inf)
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        if self._matcher.is_error():
-            return np.full_like(row, -np.inf)
-        bits = np.unpackbits(self._words.view(np.uint8), count=row.size, bitorder="little")
+        bits = np.unpackbits(self.words().view(np.uint8), count=row.size, bitorder="little")
         return np.where(bits.view(np.bool_), row, np.float32(-np.inf))
+
+    def words(self) -> npt.NDArray[np.int32]:
+        """What may follow, a bit for each token: ``(ceil(vocab / 32),)``, lowest bit first, until
+        the next call. Nothing may where the grammar has met a limit (`error`)."""
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        if self._matcher.is_error():
+            self._words.fill(0)
+        return self._words
 
     def accept(self, token: int) -> None:
         """``token`` was drawn under `mask` and is kept."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pagedd_kernels.gpu import candidates
 from pagedd_kernels.gpu.likelihoods import likelihoods
+from pagedd_kernels.gpu.masking import allow
 from pagedd_kernels.gpu.searching import search
 from pagedd_kernels.params import Penalties, Sampled, SampleParams
 from pagedd_kernels.plans import power_of_two
@@ -66,7 +67,8 @@ def _at_ids(logits, ids, values, width, stride, PAD: tl.constexpr, MASK: tl.cons
 
 def adjust(logits: Tensor, params: SampleParams) -> Tensor:
     """``logits`` after bias, penalties and masks: a float32 copy if there are any."""
-    if params.bias is None and params.penalties is None and params.masked is None:
+    changes = (params.bias, params.penalties, params.masked, params.allowed)
+    if all(change is None for change in changes):
         return logits
     out = logits.to(torch.float32, copy=True)
     rows, vocab = out.shape
@@ -79,6 +81,8 @@ def adjust(logits: Tensor, params: SampleParams) -> Tensor:
     if params.masked is not None:
         width = params.masked.shape[1]
         _at_ids[(rows,)](out, params.masked, out, width, vocab, PAD=power_of_two(width), MASK=True)
+    if params.allowed is not None:
+        allow(out, *params.allowed)
     return out
 
 

@@ -48,6 +48,11 @@ def adjust(logits: Tensor, params: SampleParams) -> Tensor:
         ones = (params.masked >= 0).to(torch.int32)
         hidden.scatter_add_(-1, params.masked.clamp(min=0).long(), ones)
         row.masked_fill_(hidden > 0, -torch.inf)
+    if params.allowed is not None:
+        rows, words = params.allowed
+        ids = torch.arange(row.shape[1], device=row.device)
+        bits = words[rows.clamp(min=0).long()][:, ids >> 5] >> (ids & 31).to(torch.int32)
+        row.masked_fill_(((bits & 1) == 0) & (rows >= 0).unsqueeze(-1), -torch.inf)
     return row
 
 

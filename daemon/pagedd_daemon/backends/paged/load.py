@@ -174,6 +174,7 @@ def serve(model: Model, wishes: Wishes, report: LoadReport | None = None) -> Pag
         step_tokens=step_tokens,
         context_tokens=model.context_tokens,
         block_tokens=BLOCK_TOKENS,
+        vocab_size=config.vocab_size,
     )
     runner = Runner(model, arena.kv, limits, CudaCapturer() if cuda else None)
     buckets = None
@@ -230,6 +231,7 @@ def _capabilities(
         max_step_tokens=step_tokens,
         asynchronous=cuda if wishes.asynchronous is None else wishes.asynchronous,
         keep_cached_on_gpu=True,
+        constrains=True,
         notice="" if cuda else "The torch backend computes on the CPU: it found no CUDA device.",
     )
 

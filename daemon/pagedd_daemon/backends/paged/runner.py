@@ -56,6 +56,7 @@ class Limits:
     step_tokens: int
     context_tokens: int
     block_tokens: int
+    vocab_size: int
 
     @property
     def table_width(self) -> int:
@@ -68,7 +69,8 @@ class Limits:
         rows = sequences + SCORED_ROWS
         largest = layout(StepShape(self.step_tokens, sequences + 1, rows, False))
         tables = 4 * sequences * self.table_width
-        return largest.tables + tables + SAMPLING_BYTES_PER_ROW * sequences
+        allowed = 4 * -(-self.vocab_size // 32)  # what a grammar lets follow
+        return largest.tables + tables + (SAMPLING_BYTES_PER_ROW + allowed) * sequences
 
 
 class Runner:

@@ -172,6 +172,9 @@ class StagedDraw:
         bias = None
         if "bias_ids" in self.places:
             bias = (present("bias_ids"), present("bias_values"))
+        allowed = None
+        if "allowed" in self.places:
+            allowed = (present("allowed_rows"), present("allowed"))
         return SampleParams(
             temperature=column("temperature"),
             uniform=column("uniform"),
@@ -182,6 +185,7 @@ class StagedDraw:
             penalties=penalties,
             bias=bias,
             masked=column("masked"),
+            allowed=allowed,
             logprobs=self.logprobs,
         )
 
@@ -218,8 +222,22 @@ def stage(
     masks = [one.sampler.masked(one.ahead) for one in wanted]
     if any(mask.size for mask in masks):
         columns.put("masked", _padded(masks, np.int32, -1))
+    if any(sampler.matcher is not None for sampler in samplers):
+        _put_allowed(columns, samplers)
     logprobs = max((p.logprobs for p in params), default=-1)
     return StagedDraw(columns.end, columns.places, table, logprobs)
+
+
+def _put_allowed(columns: _Columns, samplers: Sequence[Sampler]) -> None:
+    """What grammars let follow: a line for each sample that has one."""
+    at = np.full(len(samplers), -1, np.int32)
+    words: list[npt.NDArray[np.int32]] = []
+    for row, sampler in enumerate(samplers):
+        if sampler.matcher is not None:
+            at[row] = len(words)
+            words.append(sampler.matcher.words())
+    columns.put("allowed_rows", at)
+    columns.put("allowed", np.stack(words))
 
 
 def _padded(rows: Sequence[npt.NDArray[Any]], dtype: Any, padding: int) -> npt.NDArray[Any]:

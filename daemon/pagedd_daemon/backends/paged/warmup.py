@@ -13,8 +13,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pagedd_daemon.backends.paged.caches import CompileCounter
@@ -23,6 +25,7 @@ from pagedd_daemon.backends.paged.runner import Limits, Runner
 from pagedd_daemon.backends.paged.sampling import WIDTHS, CountTable, Wanted, stage
 from pagedd_daemon.backends.paged.staging import HostBuffer
 from pagedd_daemon.backends.paged.startup import LoadReport
+from pagedd_daemon.engine.grammar import Matcher
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.params import SamplingParams, StopParams
 from pagedd_kernels import copy_blocks, sample
@@ -91,8 +94,9 @@ class Rehearsal:
         buffer = HostBuffer(runner.limits.buffer_bytes(), pinned=device.type == "cuda")
         logits = torch.zeros(self._sizes[-1], vocab, dtype=model.dtype, device=device)
         draws = 0
-        for params in FLAVOURS:
-            sampler = _sampler(params, vocab)
+        free = [_sampler(params, vocab) for params in FLAVOURS]
+        for sampler in (*free, _sampler(_WAYS[0], vocab, constrained=True)):
+            params = sampler.params
             for size in self._sizes:
                 if params.typical_p < 1.0 and size > 16:
                     continue  # sorted by torch, which compiles nothing: 256 rows take 0.1 s
@@ -105,13 +109,27 @@ class Rehearsal:
         return draws
 
 
-def _sampler(params: SamplingParams, vocab: int) -> Sampler:
+class _Anything:
+    """A grammar that lets everything follow."""
+
+    def __init__(self, vocab: int) -> None:
+        self._words = np.full(-(-vocab // 32), -1, np.int32)
+
+    def words(self) -> npt.NDArray[np.int32]:
+        """See `Matcher.words`."""
+        return self._words
+
+
+def _sampler(params: SamplingParams, vocab: int, *, constrained: bool = False) -> Sampler:
     # As many masked ids as biases.
     stops = tuple(params.logit_bias)
     stop = StopParams(max_tokens=9, min_tokens=9 if stops else 0, stop_token_ids=stops)
     prompt = np.zeros(1, np.int32)
     eog = frozenset({0})
-    return Sampler(params, stop, index=0, prompt=prompt, vocab_size=vocab, eog_tokens=eog)
+    matcher = cast(Matcher, _Anything(vocab)) if constrained else None
+    return Sampler(
+        params, stop, index=0, prompt=prompt, vocab_size=vocab, eog_tokens=eog, matcher=matcher
+    )
 
 
 @contextmanager
