@@ -23,7 +23,7 @@ from benchmarks.report import RESULTS, Report, machine_words
 
 def _stages() -> dict[str, Callable[[Report], None]]:
     # Imported here, since `--help` must not need torch.
-    from benchmarks.gpu import checks, decode, loading, memory, prefill, returning
+    from benchmarks.gpu import checks, constrained, decode, loading, memory, prefill, returning
 
     return {
         "check": checks.texts_against_cpu,
@@ -36,6 +36,7 @@ def _stages() -> dict[str, Callable[[Report], None]]:
         "give-back": memory.give_back,
         "swap": memory.swap,
         "returning": returning.returning,
+        "constrained": constrained.constrained,
         "energy": prefill.energy,
         "start": _serving("start"),
         "daemon": _serving("through_daemon"),

@@ -15,6 +15,7 @@ from kvpager.types import Tokens
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend, Handle, Step, StepResult
 from pagedd_daemon.engine.core import Engine
+from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.params import SamplingParams, StopParams
 
 SALT = bytes(32)
@@ -31,6 +32,10 @@ class Request:
     last_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
+    schema: str = ""
+    """JSON schema that the output must match; empty: it is free and never ends by itself."""
+    reason: str = ""
+    """Why it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,10 @@ class Observed:
 class Loop:
     """Runs requests on an engine over ``backend``; may be used again and again."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, grammars: Grammars | None = None) -> None:
         self.backend = backend
         observed = cast(Backend, Observed(backend, self))
-        self.engine = Engine(observed, time.monotonic)
+        self.engine = Engine(observed, time.monotonic, grammars)
         self.requests: dict[int, Request] = {}
         self.moments: list[tuple[float, int]] = []
         """After every turn of the loop: when, and how many tokens had come by then."""
@@ -96,7 +101,7 @@ class Loop:
         """Give a request to the engine; returns its number."""
         self._next += 1
         params = asdict(SamplingParams(**{"temperature": 0.0, **sampling}))  # type: ignore[arg-type]
-        stop = asdict(StopParams(max_tokens=request.output, ignore_eos=True))
+        stop = asdict(StopParams(max_tokens=request.output, ignore_eos=not request.schema))
         request.sent_s = time.monotonic()
         self.requests[self._next] = request
         self.engine.handle(
@@ -109,6 +114,8 @@ class Loop:
                 n=1,
                 sampling=params,
                 stop=stop,
+                grammar_kind="json_schema" if request.schema else "",
+                grammar=request.schema,
             )
         )
         return self._next
@@ -139,6 +146,8 @@ class Loop:
             request.first_s = request.first_s or now
             request.last_s = now
             self._generated += len(output.tokens) // 4
+        for ended in report.ended:
+            self.requests[ended.rid].reason = ended.reason
         for rejected in report.rejected:
             raise RuntimeError(f"request {rejected.rid} was rejected: {rejected.message}")
 

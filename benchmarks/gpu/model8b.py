@@ -21,7 +21,11 @@ WEIGHT_BYTES = 15.0e9
 
 
 def backend_8b(
-    *, kv_gb: float = 40.0, ram_gb: float = 0.0, context: int = CONTEXT
+    *,
+    kv_gb: float = 40.0,
+    ram_gb: float = 0.0,
+    context: int = CONTEXT,
+    eog_tokens: frozenset[int] = frozenset(),
 ) -> tuple[PagedBackend, dict[str, float]]:
     """A backend that is warmed up, and the seconds its parts took."""
     device = torch.device("cuda", 0)
@@ -30,7 +34,9 @@ def backend_8b(
     torch.cuda.synchronize()
     made = time.monotonic()
     wishes = Wishes(
-        kv_tokens=int(kv_gb * 1e9) // KV_BYTES_PER_TOKEN // 16 * 16, ram_bytes=int(ram_gb * 1e9)
+        kv_tokens=int(kv_gb * 1e9) // KV_BYTES_PER_TOKEN // 16 * 16,
+        ram_bytes=int(ram_gb * 1e9),
+        eog_tokens=eog_tokens,
     )
     backend = serve(model, wishes)
     torch.cuda.synchronize()
