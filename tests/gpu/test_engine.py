@@ -1,16 +1,56 @@
-"""The paged engine on a CUDA device: what `benchmarks.gpu.checks` says must hold."""
+"""The paged engine on a CUDA device: what `benchmarks.gpu` says must hold."""
 
 from __future__ import annotations
 
-import pytest
+from contextlib import closing
 
-from benchmarks.gpu.checks import texts_against_cpu
+import pytest
+import torch
+
+from benchmarks.gpu.checks import config, texts_against_cpu
+from benchmarks.gpu.constrained import byte_grammars, matched, run_all, schema_requests
+from benchmarks.gpu.engine_loop import Loop
+from benchmarks.gpu.returning import come_back
 from benchmarks.report import Report
+from pagedd_daemon.backends.paged.backend import PagedBackend
+from pagedd_daemon.backends.paged.load import Wishes, serve
+from pagedd_daemon.models.decoder import Decoder
 
 pytestmark = pytest.mark.gpu
+
+
+def small(**wishes: object) -> PagedBackend:
+    """Four layers of random weights."""
+    model = Decoder.random(config(), torch.device("cuda", 0), torch.bfloat16, 3)
+    return serve(model, Wishes(**wishes))  # type: ignore[arg-type]
 
 
 def test_the_engine_on_cuda_agrees_with_the_cpu_and_keeps_every_page() -> None:
     report = Report("gpu-test", quick=False)
     texts_against_cpu(report)
     assert [row for row in report.rows if not row.ok] == []
+
+
+def test_constrained_texts_match_and_compile_nothing_while_they_are_served() -> None:
+    with (
+        closing(small(kv_tokens=64_000, eog_tokens=frozenset({256}))) as backend,
+        closing(byte_grammars(backend.capabilities)) as grammars,
+    ):
+        schemas, requests = schema_requests(64, backend.capabilities.vocab_size)
+        run_all(Loop(backend, grammars), requests, 16)
+        assert matched(schemas, requests) == len(schemas)
+        assert backend.counters()["late_compiles"] == 0
+
+
+def test_an_agent_that_returns_finds_its_text_in_ram() -> None:
+    with closing(small(kv_tokens=16_000, ram_bytes=1 << 30)) as backend:
+        found = come_back(Loop(backend), 480, seed=1)
+        assert found.cached == 480
+        assert found.loaded >= 29
+
+
+def test_a_start_says_what_its_parts_took_and_captures_every_bucket() -> None:
+    with closing(small(kv_tokens=16_000)) as backend:
+        assert [p.name for p in backend.load_report.parts] == ["compile", "run", "graphs", "pool"]
+        counters = backend.counters()
+        assert counters["start_graphs"] == counters["graphs"] > 0
