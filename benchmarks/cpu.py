@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import psutil
 
-from benchmarks import decoding, overhead, pool
+from benchmarks import decoding, methods, overhead, pool
 from benchmarks.report import Report
 from benchmarks.returning import returning
 from benchmarks.service import Daemon, packaged_model
@@ -65,11 +65,19 @@ def agents(report: Report) -> None:
     returning(report, packaged_model(), threads())
 
 
+def beams(report: Report) -> None:
+    """Memory that beams and groups share, and every way of decoding in a full pool."""
+    methods.beams(report, packaged_model(), threads())
+    methods.group_swap(report, packaged_model(), threads())
+    methods.all_together(report, f32_copy(packaged_model()), threads(), pool.EXACT_GAP)
+
+
 PARTS: dict[str, Callable[[Report], None]] = {
     "decode": decode,
     "full-pool": full_pool,
     "prefixes": prefixes,
     "pressure": pressure,
+    "beams": beams,
     "added-time": overhead.added_time,
     "returning": agents,
 }

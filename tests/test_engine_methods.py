@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pagedd_daemon.backends.llama import LlamaBackend
 from pagedd_daemon.messages import Configure
-from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
+from pagedd_daemon.params import SamplingParams, StopParams
 from tests.support.answers import Answer, Ask, Asking
+from tests.support.cells import used_cells
+from tests.support.methods import all_methods, demand_blocks, preempted, prompt
 from tests.support.paged_backend import VOCAB as TORCH_VOCAB
 from tests.support.paged_backend import tiny_backend, tiny_model
-from tests.support.simulated import simulated
+from tests.support.simulated import grammars_for, simulated
 from tests.support.tiny_model import VOCAB, write_tiny_model
 
-STOP = StopParams(max_tokens=40, ignore_eos=True)
 TOLERANCE = 1e-3
-
-
-def prompt(seed: int, length: int, vocab: int) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(3, vocab, length)]
-
-
-def all_methods(vocab: int) -> list[Ask]:
-    """Greedy, sampled, four samples, ranked ones, beams, and prompts that begin alike."""
-    stem = prompt(0, 48, vocab)
-    drawn = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=11)
-    scored = SamplingParams(temperature=0.9, seed=12, logprobs=0)
-    return [
-        Ask(prompt(1, 50, vocab), stop=STOP),
-        Ask(prompt(2, 60, vocab), 1, drawn, STOP),
-        Ask(prompt(3, 70, vocab), 4, drawn, STOP),
-        Ask(prompt(4, 40, vocab), 4, scored, STOP),
-        Ask(prompt(5, 80, vocab), 4, stop=STOP, beams=BeamParams(4)),
-        Ask(prompt(6, 30, vocab), 2, stop=STOP, beams=BeamParams(3, 0.5, "never")),
-        *(Ask([*stem, *prompt(10 + at, 9, vocab)], stop=STOP) for at in range(3)),
-        Ask(prompt(7, 90, vocab), stop=STOP, prompt_logprobs=1),
-    ]
-
-
-def demand_blocks(asks: Sequence[Ask], block: int = 16) -> int:
-    """Blocks of all requests at once, each text on its own."""
-    return sum(
-        max(ask.n, ask.beams.width if ask.beams else 1)
-        * -(-(len(ask.prompt) + ask.stop.max_tokens) // block)
-        for ask in asks
-    )
-
-
-def preempted(asking: Asking) -> int:
-    stats = asking.engine._pool.pager.stats()
-    return stats.preemptions_swap + stats.preemptions_recompute
 
 
 def identical(pressed: list[Answer], plain: list[Answer]) -> None:
@@ -70,10 +34,14 @@ def identical(pressed: list[Answer], plain: list[Answer]) -> None:
 @pytest.mark.parametrize("ram_pages", [0, 512])
 @pytest.mark.parametrize("llama", [False, True])
 def test_simulated_texts_are_identical(llama: bool, ram_pages: int) -> None:
-    asks = all_methods(256)
-    plain = Asking(simulated(blocks=2048, llama=llama, verify=False)).all(asks)
-    asking = Asking(simulated(blocks=demand_blocks(asks) // 4, ram_pages=ram_pages, llama=llama))
-    identical(asking.all(asks), plain)
+    regex = Ask(prompt(8, 40, 256), stop=StopParams(max_tokens=40), regex="[a-z ]{10,30}!")
+    asks = [*all_methods(256), regex]
+    roomy = simulated(blocks=2048, llama=llama, verify=False)
+    tight = simulated(blocks=demand_blocks(asks) // 4, ram_pages=ram_pages, llama=llama)
+    with closing(grammars_for(roomy)) as grammars, closing(grammars_for(tight)) as others:
+        plain = Asking(roomy, grammars).all(asks)
+        asking = Asking(tight, others)
+        identical(asking.all(asks), plain)
     assert preempted(asking) > 0
     asking.engine.validate()
 
@@ -121,6 +89,32 @@ def test_llama_texts_are_identical_in_full_precision(tmp_path: Path) -> None:
                 assert one.score == pytest.approx(other.score, abs=TOLERANCE)
             else:
                 assert one.tokens == other.tokens
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("length", [1000, 1008])
+def test_eight_that_share_a_thousand_tokens_take_no_more_cells_when_they_are_back(
+    tmp_path: Path, length: int
+) -> None:
+    stop = StopParams(60, ignore_eos=True)
+    ask = Ask(prompt(1, length, VOCAB), 8, SamplingParams(seed=2), stop)
+    with closing(llama(write_tiny_model(tmp_path / "tiny.gguf"), 16 * 128)) as backend:
+        asking = Asking(backend)
+        asking.ask(ask)
+        scheduler = asking.engine._scheduler
+        asking.run(until=lambda: any(s.generated >= 5 for s in scheduler.sequences()))
+        scheduler.wake()  # a stretch ends, and the pager knows what was computed
+        group = list(scheduler.sequences())
+        cells, blocks = used_cells(backend._context), asking.blocks
+        assert cells == length + sum(s.computed - length for s in group)
+        scheduler._room.page_out(group[0])
+        assert used_cells(backend._context) == 0
+        scheduler.plan(0.0)  # lets them in again
+        assert [s.state.value for s in group] == ["running"] * 8
+        # The end of the prompt that fills no block was copied by each of them already, as the pager
+        # counts; llama.cpp's cells had gone on sharing it.
+        assert used_cells(backend._context) <= cells + 7 * (length % 16)
+        assert asking.blocks <= blocks + 8  # one each for what it was given room for
 
 
 @pytest.mark.parametrize("kind", ["simulated", "torch"])

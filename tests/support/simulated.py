@@ -10,6 +10,7 @@ import numpy as np
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Draw, Run, Step
 from pagedd_daemon.backends.simulated import BLOCK_TOKENS, BYTES_PER_TOKEN, SimulatedBackend
+from pagedd_daemon.engine.grammar import Grammars
 from tests.support.steps import greedy, ids
 
 VOCAB = 258
@@ -21,7 +22,15 @@ def simulated(
 ) -> SimulatedBackend:
     """A backend that checks what it reads; with ``llama`` it is asked for one step at a time and
     keeps nothing cached in its first tier, as llama.cpp."""
-    configure = m.Configure(
+    configure = _configure(blocks, ram_pages)
+    made = SimulatedBackend.from_configure(configure, keep_cached_on_gpu=not llama)
+    return SimulatedBackend(
+        replace(made.capabilities, asynchronous=not llama), token_s=1e-6, verify=verify
+    )
+
+
+def _configure(blocks: int, ram_pages: int) -> m.Configure:
+    return m.Configure(
         backend="simulated",
         model_path="",
         model_digest=bytes(32),
@@ -31,13 +40,14 @@ def simulated(
         threads=1,
         vocab_size=VOCAB,
         eog_tokens=(EOG,),
-        pieces=b"".join(bytes([at]) for at in range(256)),
+        pieces=bytes(range(256)),
         piece_lengths=np.array([1] * 256 + [0, 0], "<i4").tobytes(),
     )
-    made = SimulatedBackend.from_configure(configure, keep_cached_on_gpu=not llama)
-    return SimulatedBackend(
-        replace(made.capabilities, asynchronous=not llama), token_s=1e-6, verify=verify
-    )
+
+
+def grammars_for(backend: SimulatedBackend) -> Grammars:
+    """Grammars over the bytes that its tokens are."""
+    return Grammars(_configure(2, 0), backend.capabilities)
 
 
 def plain_logprobs() -> Callable[[list[int]], list[float]]:
