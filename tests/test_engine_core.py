@@ -85,9 +85,16 @@ class Bench:
         self.now = max(self.now, moment)
 
     def submit(
-        self, rid: int, prompt: Sequence[int], *, n: int = 1, klass: int = 1, **over: object
+        self,
+        rid: int,
+        prompt: Sequence[int],
+        *,
+        n: int = 1,
+        klass: int = 1,
+        **over: object,
     ) -> None:
         keys = SamplingParams.__slots__
+        hold = bool(over.pop("hold", False))
         self.engine.handle(
             m.Submit(
                 rid=rid,
@@ -98,6 +105,7 @@ class Bench:
                 n=n,
                 sampling=sampling(**{k: v for k, v in over.items() if k in keys}),
                 stop=stopping(**{k: v for k, v in over.items() if k not in keys}),
+                hold=hold,
             )
         )
 

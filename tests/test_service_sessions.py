@@ -198,3 +198,127 @@ def test_tokenize_and_detokenize_use_the_models_own_vocabulary() -> None:
             assert error["code"] == "E_TOKEN_ID"
 
     run(scenario())
+
+
+async def error_of(client: Client, request: str) -> tuple[str, dict[str, object]]:
+    event = await client.end(request)
+    return event["code"], event["details"]
+
+
+def test_a_reply_that_was_cut_short_counts_once_it_is_committed_with_its_very_ids() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine, session = await opened(front)
+            request = client.ask(r.SessionSay, session=session, content="one")
+            rid = (await engine.hears(m.Submit)).rid
+            engine.write(rid, "half a re")
+            await client.until(request, "chunk")
+            token = client.connection.token
+            busy = client.ask(r.SessionCommit, session=session)
+            assert (await error_of(client, busy))[0] == "E_BUSY"
+            front.control(r.Cancel(id="c", token=token, target=request), client)
+            engine.close_request(rid, "cancelled")
+            await client.end(request)
+            result = await client.end(client.ask(r.SessionCommit, session=session))
+            assert (result["turns"], result["tokens"]) == (
+                1,
+                len("<user>one</><assistant>half a re"),
+            )
+            again = client.ask(r.SessionCommit, session=session)
+            assert (await error_of(client, again))[0] == "E_COMMIT"
+            prompt = await turn(client, engine, session, "two", "x")
+            assert prompt == "<user>one</><assistant>half a re</><user>two</><assistant>"
+
+    run(scenario())
+
+
+def test_a_reply_that_is_not_to_count_is_replaced_by_the_next_until_one_is_committed() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine, session = await opened(front)
+            for reply in ("first", "second"):
+                prompt = await turn(client, engine, session, "one", reply, commit=False)
+                assert prompt == "<user>one</><assistant>"
+            await client.end(client.ask(r.SessionCommit, session=session))
+            prompt = await turn(client, engine, session, "two", "x")
+            assert prompt == "<user>one</><assistant>second</><user>two</><assistant>"
+            assert await closed(client, session) == (2, 0)
+
+    run(scenario())
+
+
+def test_a_session_ends_after_its_time_to_live_and_a_turn_is_a_use() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine, session = await opened(front, ttl=20.0)
+            front.clock.advance(19)
+            await turn(client, engine, session, "one", "first")
+            front.clock.advance(19)
+            slow = client.ask(r.SessionSay, session=session, content="slow")
+            submit = await engine.hears(m.Submit)
+            front.clock.advance(30)
+            engine.close_request(submit.rid, "stop")
+            await client.end(slow)
+            await turn(client, engine, session, "two", "x")
+            front.clock.advance(21)
+            for verb in (r.SessionFork, r.SessionCommit, r.SessionClose):
+                code, details = await error_of(client, client.ask(verb, session=session))
+                assert (code, details) == ("E_EXPIRED", {"ttl_s": 20.0})
+            lasting = await client.end(client.ask(r.SessionOpen))
+            front.clock.advance(23 * 3600)
+            await client.end(client.ask(r.SessionFork, session=lasting["session"]))
+
+    run(scenario())
+
+
+async def pinning(client: Client, session: str, pinned: bool | None) -> dict[str, object]:
+    result = await client.end(client.ask(r.SessionPin, session=session, pinned=pinned))
+    return {name: result[name] for name in ("pinned", "tokens", "max_tokens")}
+
+
+def test_a_pinned_sessions_kv_is_held_from_turn_to_turn_and_let_go_with_it() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine, session = await opened(front)
+            await turn(client, engine, session, "one", "first")
+            length = len("<user>one</><assistant>first")
+            most = front.source.ready.ram_tokens // 2
+            told = await pinning(client, session, True)
+            assert told == {"pinned": True, "tokens": length, "max_tokens": most}
+            held = await engine.hears(m.Submit)
+            assert held.hold
+            assert len(unpack_ids(held.prompt)) == length
+            client.ask(r.SessionSay, session=session, content="two")
+            submit = await engine.hears(m.Submit)
+            assert submit.hold
+            engine.write(submit.rid, "second")
+            engine.close_request(submit.rid, "stop")
+            assert (await engine.hears(m.Drop)).rid == held.rid
+            assert (await pinning(client, session, None))["pinned"]
+            assert not (await pinning(client, session, False))["pinned"]
+            assert (await engine.hears(m.Drop)).rid == submit.rid
+            await client.end(client.ask(r.SessionClose, session=session))
+
+    run(scenario())
+
+
+def test_what_may_be_pinned_is_limited_and_said_with_the_figures() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine, session = await opened(front)
+            most = front.source.ready.ram_tokens // 2
+            other = (await client.end(client.ask(r.SessionOpen)))["session"]
+            await turn(client, engine, session, "one", "x" * (most // 2))
+            await turn(client, engine, other, "one", "x" * (most // 2))
+            await pinning(client, session, True)
+            await engine.hears(m.Submit)
+            code, details = await error_of(
+                client, client.ask(r.SessionPin, session=other, pinned=True)
+            )
+            assert code == "E_LIMIT"
+            assert (details["limit"], details["max"]) == ("pinned_tokens", most)
+            # Growing above the limit is no error: it is pinned no longer.
+            await turn(client, engine, session, "two", "x" * (most // 2))
+            assert not (await pinning(client, session, None))["pinned"]
+
+    run(scenario())

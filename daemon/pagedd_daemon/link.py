@@ -70,6 +70,7 @@ _TOP_LEVEL: tuple[type[Any], ...] = (
     m.Finish,
     m.Pause,
     m.Unpause,
+    m.Drop,
     m.AskSnapshot,
     m.Shutdown,
     m.Loading,

@@ -117,6 +117,8 @@ class Submit:
     prompt_logprobs: int = -1
     """-1: none. k >= 0: the log-probability of each token of the prompt but the first, and the k
     most likely ones (`PromptScores`). Then all of it is computed, whatever is cached."""
+    hold: bool = False
+    """When it has ended and was not cancelled, its KV stays in a lower tier until `Drop`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,13 @@ class Pause:
 @dataclass(frozen=True, slots=True)
 class Unpause:
     """The client reads again."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What the request ``rid`` left behind is held no longer (`Submit.hold`)."""
 
     rid: int
 
@@ -186,6 +195,8 @@ class Ready:
     block_tokens: int
     eog_tokens: tuple[int, ...]
     kv_dtype: str
+    ram_tokens: int = 0
+    """Of the RAM tier."""
     notice: str = ""
     """What people must be told of how it computes."""
 
@@ -284,5 +295,7 @@ class Snapshot:
     figures: dict[str, Any]
 
 
-ToEngine = Configure | App | Submit | Cancel | Finish | Pause | Unpause | AskSnapshot | Shutdown
+ToEngine = (
+    Configure | App | Submit | Cancel | Finish | Pause | Unpause | Drop | AskSnapshot | Shutdown
+)
 ToFront = Loading | Ready | Failed | StepReport | Snapshot

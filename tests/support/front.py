@@ -247,7 +247,7 @@ class FakeSource:
         self.loads: list[str] = []
         self.forgotten = 0
         self.can_fall = self.fallen = False
-        self.ready = m.Ready("simulated", "CPU", 258, 1000, 2000, 16, (256,), "f16")
+        self.ready = m.Ready("simulated", "CPU", 258, 1000, 2000, 16, (256,), "f16", 1600)
         self.automatic = True
         self._spawned = asyncio.Event()
 

@@ -14,7 +14,7 @@ from pagedd._errors import ConnectionFailed, PageddError
 from pagedd._hub import Hub
 from pagedd._paths import CONTROL_SOCKET, resolve_host
 from pagedd._sync import BYE_S, stalled, unanswered, was_closed
-from pagedd._types import Chunk, Completion, ServerInfo, SessionSummary
+from pagedd._types import Chunk, Completion, ServerInfo, SessionKV, SessionSummary
 from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
 from pagedd._version import CLIENT
 
@@ -103,11 +103,12 @@ class AsyncClient:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        ttl: float | str | None = None,
         *,
         timeout: float | None = None,
     ) -> AsyncSession:
         """Open a conversation that the daemon keeps."""
-        fields = _verbs.session_open(system, tools, template_args, messages)
+        fields = _verbs.session_open(system, tools, template_args, messages, ttl)
         return AsyncSession(
             self, str((await self._ask("session.open", fields, timeout))["session"])
         )
@@ -361,12 +362,30 @@ class AsyncSession:
         content: str,
         role: str = "user",
         *,
+        commit: bool = True,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncStream:
         """Add a message and stream the model's reply; one turn at a time."""
-        fields = _verbs.session_say(self.id, content, role, options)
+        fields = _verbs.session_say(self.id, content, role, options, commit=commit)
         return self._client._stream("session.say", fields, timeout)
+
+    async def commit(self, *, timeout: float | None = None) -> None:
+        """See `Session.commit`."""
+        await self._client._ask("session.commit", {"session": self.id}, timeout)
+
+    async def pin(self, pinned: bool = True, *, timeout: float | None = None) -> SessionKV:
+        """See `Session.pin`."""
+        return await self._pin(pinned, timeout)
+
+    async def kv(self, *, timeout: float | None = None) -> SessionKV:
+        """Whether it is pinned, and how long it is."""
+        return await self._pin(None, timeout)
+
+    async def _pin(self, pinned: bool | None, timeout: float | None) -> SessionKV:
+        fields = {"session": self.id, "pinned": pinned}
+        result = await self._client._ask("session.pin", fields, timeout)
+        return SessionKV(result["pinned"], result["tokens"], result["max_tokens"])
 
     async def fork(self, *, timeout: float | None = None) -> AsyncSession:
         """A second session with the same history, which shares its KV."""

@@ -12,7 +12,9 @@
     └── RequestError                the daemon answered with an error
         ├── InvalidRequest          the request itself is wrong; sending it again will not help
         │   ├── PromptTooLong       longer than the context or the pool
+        │   ├── NothingToCommit
         │   └── UnknownSession
+        │       └── SessionExpired  not used for as long as its time to live
         ├── ModelError              unknown, missing or broken model
         ├── Busy                    too much at once; try again
         ├── Draining                the daemon is shutting down
@@ -117,6 +119,14 @@ class UnknownSession(InvalidRequest):
     """The session does not exist, or not any more."""
 
 
+class SessionExpired(UnknownSession):
+    """The session was not used for as long as its time to live; ``details`` has ``ttl_s``."""
+
+
+class NothingToCommit(InvalidRequest):
+    """The session has no reply that does not count already."""
+
+
 class ModelError(RequestError):
     """The model is unknown, missing or broken."""
 
@@ -153,6 +163,8 @@ _BY_CODE: dict[str, type[RequestError]] = {
     "E_TOO_LONG": PromptTooLong,
     "E_NEVER_FITS": PromptTooLong,
     "E_SESSION": UnknownSession,
+    "E_EXPIRED": SessionExpired,
+    "E_COMMIT": NothingToCommit,
     "E_MODEL": ModelError,
     "E_NO_MODEL": ModelError,
     "E_BUSY": Busy,

@@ -13,7 +13,7 @@ from pagedd._core import Assembly, Call, result_of
 from pagedd._errors import ConnectionFailed, PageddError, RequestTimeout
 from pagedd._paths import CONTROL_SOCKET, resolve_host
 from pagedd._pump import Pump
-from pagedd._types import Chunk, Completion, ServerInfo, SessionSummary
+from pagedd._types import Chunk, Completion, ServerInfo, SessionKV, SessionSummary
 from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
 from pagedd._version import CLIENT
 
@@ -224,11 +224,22 @@ class Client(Control):
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        ttl: float | str | None = None,
         *,
         timeout: float | None = None,
     ) -> Session:
-        """Open a conversation that the daemon keeps."""
-        fields = _verbs.session_open(system, tools, template_args, messages)
+        """Open a conversation that the daemon keeps.
+
+        Args:
+            system: The system message.
+            tools: Given to the model's chat template, like ``template_args``.
+            template_args: Variables of the template.
+            messages: A history to start with.
+            ttl: Seconds, or a duration like ``"2h"``, without a use after which it ends;
+                negative: never. A day by default.
+            timeout: Seconds.
+        """
+        fields = _verbs.session_open(system, tools, template_args, messages, ttl)
         return Session(self, str(self._ask("session.open", fields, timeout)["session"]))
 
     def tokenize(
@@ -411,15 +422,46 @@ class Session:
         content: str,
         role: str = "user",
         *,
+        commit: bool = True,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Stream:
         """Add a message and stream the model's reply; ``n`` is not possible here.
 
-        One turn at a time. A turn that is cancelled or fails leaves the session as it was.
+        One turn at a time. A turn that is cancelled or fails leaves the session as it was, and so
+        does one that is not to be committed; `commit` lets the reply count after all.
         """
-        fields = _verbs.session_say(self.id, content, role, options)
+        fields = _verbs.session_say(self.id, content, role, options, commit=commit)
         return self._client._stream("session.say", fields, timeout)
+
+    def commit(self, *, timeout: float | None = None) -> None:
+        """Let the last reply count after all, with the very token ids it has: of a turn that was
+        cancelled or failed, as far as it came, or of one said with ``commit=False``.
+
+        Raises:
+            NothingToCommit: There is none, or it counts already.
+        """
+        self._client._ask("session.commit", {"session": self.id}, timeout)
+
+    def pin(self, pinned: bool = True, *, timeout: float | None = None) -> SessionKV:
+        """Keep the session's KV in RAM at least while nobody speaks, or (False) no longer.
+
+        It is kept for as long as the model is loaded, and computed again where that is needed. A
+        turn that brings all pinned sessions above their limit is kept like any other's: ask `kv`.
+
+        Raises:
+            InvalidRequest: ``E_LIMIT``: pinned sessions may not hold that much.
+        """
+        return self._pin(pinned, timeout)
+
+    def kv(self, *, timeout: float | None = None) -> SessionKV:
+        """Whether it is pinned, and how long it is."""
+        return self._pin(None, timeout)
+
+    def _pin(self, pinned: bool | None, timeout: float | None) -> SessionKV:
+        fields = {"session": self.id, "pinned": pinned}
+        result = self._client._ask("session.pin", fields, timeout)
+        return SessionKV(result["pinned"], result["tokens"], result["max_tokens"])
 
     def fork(self, *, timeout: float | None = None) -> Session:
         """A second session with the same history, which shares its KV."""

@@ -113,6 +113,17 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionKV:
+    """What is kept of a session's keys and values while nobody speaks."""
+
+    pinned: bool
+    tokens: int
+    """Of its history."""
+    max_tokens: int | None
+    """Of all pinned sessions of the daemon together; None while no model is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSummary:
     """A closed session."""
 

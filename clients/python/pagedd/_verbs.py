@@ -134,6 +134,7 @@ def session_open(
     tools: Sequence[Mapping[str, Any]] | None,
     template_args: Mapping[str, Any] | None,
     messages: Sequence[Mapping[str, Any]] | None,
+    ttl: float | str | None,
 ) -> dict[str, Any]:
     """Fields of ``session.open``."""
     return {
@@ -141,14 +142,16 @@ def session_open(
         "tools": _plain(tools),
         "template_args": None if template_args is None else dict(template_args),
         "messages": _plain(messages),
+        "ttl": ttl,
     }
 
 
 def session_say(
-    session: str, content: str, role: str, options: Mapping[str, Any]
+    session: str, content: str, role: str, options: Mapping[str, Any], *, commit: bool
 ) -> dict[str, Any]:
     """Fields of ``session.say``."""
-    return _options(options) | {"session": session, "content": content, "role": role}
+    fields = {"session": session, "content": content, "role": role}
+    return _options(options) | fields | {"commit": None if commit else False}
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:

@@ -43,6 +43,7 @@ def serve(link: FrontLink) -> int:
             block_tokens=caps.block_tokens,
             eog_tokens=tuple(sorted(caps.eog_tokens)),
             kv_dtype=caps.kv_dtype,
+            ram_tokens=caps.ram_blocks * caps.block_tokens,
             notice=caps.notice,
         )
     )

@@ -98,6 +98,8 @@ class Engine:
                 if request := self._requests.get(rid):
                     request.paused = isinstance(message, m.Pause)
                     self._scheduler.wake()
+            case m.Drop(rid=rid):
+                self._scheduler.drop(rid)
             case _:
                 raise AssertionError(f"{type(message).__name__} is not for a running engine")
 
@@ -403,6 +405,7 @@ class Engine:
             open_samples=set(range(message.index, message.index + message.n)),
             constrained=bool(message.grammar_kind),
             prompt_logprobs=message.prompt_logprobs,
+            hold=message.hold,
         )
         self._requests[request.rid] = request
         self._live[request.app] += 1
@@ -471,7 +474,8 @@ class Engine:
         if sequence is not None:
             generated = sequence.generated if keep is None else min(keep, sequence.generated)
             request.generated_tokens += max(0, generated - len(request.resumed))
-            self._scheduler.end(sequence, keep_tokens=len(request.prompt) + generated)
+            hold = request.hold and reason != "cancelled"
+            self._scheduler.end(sequence, keep_tokens=len(request.prompt) + generated, hold=hold)
         request.open_samples.discard(index)
         self._outbox.ended(m.Ended(request.rid, index, reason))
         if not request.open_samples:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from kvpager.types import Admitted, Event, Instruction, Preempted, Runnable
+from kvpager.types import (
+    Admitted,
+    Event,
+    Free,
+    Instruction,
+    Preempt,
+    Preempted,
+    PreemptMode,
+    Runnable,
+)
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.work import Sequence, SequenceState
 
@@ -18,7 +27,21 @@ class Residents:
         """Those that are paged out, in the order in which they were."""
         self.evicted: set[int] = set()
         """Paged out since the decodes of this plan got their room."""
+        self._held: dict[int, int] = {}
+        """Of requests that have ended and whose KV is held: their sequences."""
         self._next_seq = 0
+
+    def hold(self, sequence: Sequence) -> None:
+        """A sequence that is over keeps its pages in a lower tier until `drop`, as one that is
+        paged out does; it never comes back."""
+        if sequence.state in (SequenceState.RUNNING, SequenceState.LOADING):
+            self.tell(Preempt(sequence.seq, PreemptMode.SWAP))
+        self._held[sequence.request.rid] = sequence.seq
+
+    def drop(self, rid: int) -> None:
+        """What the request left behind becomes cached pages like any other's."""
+        if (seq := self._held.pop(rid, None)) is not None:
+            self.tell(Free(seq))
 
     def take_id(self) -> int:
         """A number that no sequence has had."""

@@ -129,10 +129,15 @@ class Scheduler:
         return children
 
     def end(
-        self, sequence: Sequence, *, keep_tokens: int | None = None, cache: bool = True
+        self,
+        sequence: Sequence,
+        *,
+        keep_tokens: int | None = None,
+        cache: bool = True,
+        hold: bool = False,
     ) -> None:
         """A sequence is over; what it computed (its first ``keep_tokens``) stays in the cache, but
-        for what cannot be trusted (not ``cache``)."""
+        for what cannot be trusted (not ``cache``), or is held in a lower tier (``hold``)."""
         self._end_stretch()
         known = len(sequence.tokens)
         keep = known if keep_tokens is None else min(keep_tokens, known)
@@ -144,8 +149,17 @@ class Scheduler:
         self._residents.sequences.pop(sequence.seq)
         if sequence in self._residents.preempted:
             self._residents.preempted.remove(sequence)
+        if hold:
+            self._residents.hold(sequence)
+        else:
+            self._residents.tell(Free(sequence.seq, cache))
         sequence.state = SequenceState.ENDED
-        self._residents.tell(Free(sequence.seq, cache))
+        self._entrance.changed = True
+
+    def drop(self, rid: int) -> None:
+        """What an ended request left behind is held no longer."""
+        self._end_stretch()
+        self._residents.drop(rid)
         self._entrance.changed = True
 
     # ------------------------------------------------------------------------------ what it holds

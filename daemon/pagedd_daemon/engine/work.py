@@ -79,6 +79,8 @@ class Request:
     """What an engine before this one has drawn for its only sample (`Submit.generated`)."""
     first_index: int = 0
     """Index of its first sample."""
+    hold: bool = False
+    """Its KV is held in a lower tier when it has ended."""
     constrained: bool = False
     """Its output must match a grammar."""
     matcher: Matcher | None = None

@@ -20,6 +20,8 @@ RETRYABLE: Mapping[str, bool] = {
     "E_GRAMMAR": False,
     "E_NO_TOKENIZER": False,
     "E_SESSION": False,
+    "E_EXPIRED": False,
+    "E_COMMIT": False,
     "E_BUSY": True,
     "E_DUPLICATE": False,
     "E_MODEL": False,

@@ -350,6 +350,8 @@ class SessionOpen(Request):
     tools: Tools = Field(default_factory=list)
     template_args: TemplateArgs = Field(default_factory=dict)
     messages: Messages = Field(default_factory=list)
+    ttl: Annotated[KeepAlive, Field(gt=0)] | None = None
+    """Seconds without a use after which it ends, ``inf`` for never, None: the daemon's."""
 
 
 class SessionSay(Generation):
@@ -362,6 +364,8 @@ class SessionSay(Generation):
     session: Name
     content: str
     role: Annotated[str, Field(min_length=1, max_length=64)] = "user"
+    commit: bool = True
+    """The reply counts as soon as it has ended well, and not only once it is committed."""
 
 
 class SessionFork(Request):
@@ -370,6 +374,23 @@ class SessionFork(Request):
     verb = "session.fork"
 
     session: Name
+
+
+class SessionCommit(Request):
+    """Lets the last reply count that does not yet: it was cut short, or said not to."""
+
+    verb = "session.commit"
+
+    session: Name
+
+
+class SessionPin(Request):
+    """Whether the session's KV stays while nobody speaks; null asks how it is."""
+
+    verb = "session.pin"
+
+    session: Name
+    pinned: bool | None = None
 
 
 class SessionClose(Request):
@@ -507,12 +528,17 @@ class Shutdown(Request):
     drain: bool = True
 
 
+SessionRequest = SessionOpen | SessionFork | SessionCommit | SessionPin | SessionClose
+"""Those that are answered at once."""
+
 DataRequest = (
     Generate
     | Chat
     | SessionOpen
     | SessionSay
     | SessionFork
+    | SessionCommit
+    | SessionPin
     | SessionClose
     | Tokenize
     | Detokenize

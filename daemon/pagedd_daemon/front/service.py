@@ -25,6 +25,7 @@ from pagedd_daemon.front.failover import Deaths
 from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
 from pagedd_daemon.front.models import Lease, Model, Models, State
+from pagedd_daemon.front.pins import Pins
 from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.sessions import Sessions, Turn
 from pagedd_daemon.front.status import Board
@@ -96,6 +97,7 @@ class FrontService:
         self._streams = Streams(
             self.models, clock, self._apps, self._stream_over, self.watchdog.watch
         )
+        self._pins = self._streams.pins = Pins(self.models, self._apps, self._streams)
         self.board = Board(
             self.models, self._streams, self._accounts, self._apps, clock, version, self.watchdog
         )
@@ -144,7 +146,8 @@ class FrontService:
         account = self._accounts.open(
             connection.uid, connection.app, connection.priority, connection.program
         )
-        sessions = Sessions(self._limits.sessions_per_connection)
+        most = self._limits.sessions_per_connection
+        sessions = Sessions(most, self._clock, account, self._pins)
         self._calls.peers[connection] = Peer(connection, account, sessions)
         model = self.models.current
         return {
@@ -204,6 +207,7 @@ class FrontService:
                 self._streams.drop(call)
             else:
                 self._end(call)
+        peer.sessions.close()
         self._accounts.close(peer.account, connection.priority, self._clock.time())
 
     def lagging(self, connection: Connection, lagging: bool) -> None:
@@ -234,6 +238,7 @@ class FrontService:
     def _engine_ended(self, model: Model, how: str | None) -> None:
         if how is not None:
             self._streams.lost(model, how)
+        self._pins.gone(model)
         self._streams.steps = 0
         self.watchdog.renewed()
         self.board.engine_gone()
@@ -372,13 +377,8 @@ class FrontService:
         if isinstance(request, r.Generation):
             assert isinstance(call, Stream)
             self._generate(peer, call, request)
-        elif isinstance(request, r.SessionOpen):
-            self._result(call, {"session": peer.sessions.open(request)})
-        elif isinstance(request, r.SessionFork):
-            self._result(call, {"session": peer.sessions.fork(request.session)})
-        elif isinstance(request, r.SessionClose):
-            session = peer.sessions.close(request.session)
-            self._result(call, {"turns": session.turns, "rewrites": session.rewrites})
+        elif isinstance(request, r.SessionRequest):
+            self._result(call, peer.sessions.answer(request))
         elif isinstance(request, r.Tokenize):
             text = request
             self._with_model(call, None, lambda m: self._later(call, self._tokenize(call, text, m)))

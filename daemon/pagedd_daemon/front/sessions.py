@@ -7,16 +7,25 @@ it prompted with and the ids it got, and each turn tokenises only what the templ
 
 from __future__ import annotations
 
+import math
 import secrets
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.errors import WireError, limit_error
-from pagedd_daemon.front.model_ports import Conversation, Rendered
+from pagedd_daemon.front.model_ports import Clock, Conversation, Rendered, Timer
 from pagedd_daemon.front.models import Model
-from pagedd_daemon.front.requests import SessionOpen, SessionSay
+from pagedd_daemon.front.pins import Pins
+
+TTL_S = 24 * 3600.0
+"""Seconds a session lives after it was last used, unless its app says otherwise: an agent that was
+left alone for the night finds its conversations. One of 4,000 tokens takes 32 KB here."""
+_MOST_EXPIRED = 256
+"""Expired sessions of a connection that are still known by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +49,37 @@ class Session:
     history: History
     tools: list[dict[str, Any]]
     args: dict[str, Any]
+    ttl_s: float = TTL_S
     turns: int = 0
     rewrites: int = 0
     """Turns in which the template rewrote earlier text, so that all of it was tokenised again."""
     turn: Turn | None = None
     """The one that runs."""
+    kept: History | None = None
+    """How the conversation would go on with the last reply, which does not count until it is
+    committed."""
+    timer: Timer | None = None
+    """Until it expires."""
+
+    def commit(self) -> None:
+        """The last reply counts: its very token ids, which no tokenising would bring back.
+
+        Raises:
+            WireError: ``E_BUSY``: it is not over. ``E_COMMIT``: there is none that does not count
+                already.
+        """
+        if self.turn is not None:
+            raise WireError("E_BUSY", "the session has a turn running", details={"limit": 1})
+        if self.kept is None:
+            raise WireError("E_COMMIT", "the session has no reply that does not count already")
+        self.history, self.kept = self.kept, None
+        self.turns += 1
 
 
 class Turn:
-    """One turn of a session, which counts only if it ends well."""
+    """One turn of a session. It counts if it ends well, or once its reply is committed."""
 
-    def __init__(self, session: Session, request: SessionSay) -> None:
+    def __init__(self, session: Session, request: r.SessionSay) -> None:
         """Begin the turn.
 
         Raises:
@@ -59,7 +88,9 @@ class Turn:
         if session.turn is not None:
             raise WireError("E_BUSY", "the session has a turn running", details={"limit": 1})
         session.turn = self
-        self._session = session
+        session.kept = None
+        self.session = session
+        self._commits = request.commit
         said = {"role": request.role, "content": request.content}
         self._messages = (*session.history.messages, said)
         self._rendered: Rendered | None = None
@@ -72,9 +103,9 @@ class Turn:
         Raises:
             WireError: The template refused it, or the helper failed.
         """
-        history = self._session.history
+        history = self.session.history
         known = history.text if history.model == model.entry.name and history.text else None
-        conversation = Conversation(self._messages, self._session.tools, self._session.args)
+        conversation = Conversation(self._messages, self.session.tools, self.session.args)
         self._rendered = rendered = await model.text.chat(conversation, known)
         self._model = model.entry.name
         continued = known is not None and not rendered.rewritten
@@ -82,68 +113,91 @@ class Turn:
         return self._prompt
 
     def over(self, well: bool, text: str, ids: array[int]) -> None:
-        """The turn is over; ``text`` and ``ids`` are the reply's. If not ``well``, it never was."""
-        session, rendered = self._session, self._rendered
+        """The turn is over; ``text`` and ``ids`` are the reply's, whole if ``well``."""
+        session, rendered = self.session, self._rendered
         session.turn = None
-        if not well or rendered is None:
+        if rendered is None or not (well or ids):
             return
         session.rewrites += rendered.rewritten
-        session.turns += 1
-        session.history = History(
+        session.kept = History(
             messages=(*self._messages, {"role": "assistant", "content": text}),
             text=rendered.text + text,
             ids=self._prompt + ids,
             model=self._model,
         )
+        if well and self._commits:
+            session.commit()
 
 
 class Sessions:
     """The sessions of one connection."""
 
-    def __init__(self, at_most: int) -> None:
+    def __init__(self, at_most: int, clock: Clock, account: Account, pins: Pins) -> None:
         self._at_most = at_most
+        self._clock = clock
+        self._account = account
+        self._pins = pins
         self._sessions: dict[str, Session] = {}
+        self._expired: dict[str, float] = {}
+        """Time to live of those that have expired, the first one first."""
 
-    def open(self, request: SessionOpen) -> str:
-        """A new session; its id.
-
-        Raises:
-            WireError: ``E_LIMIT``.
-        """
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        history = History(messages=(*system, *request.messages))
-        return self._add(Session("", history, request.tools, request.template_args))
-
-    def fork(self, session_id: str) -> str:
-        """A second session with the same history; its id.
-
-        A turn that runs is not part of the history yet.
+    def answer(self, request: r.SessionRequest) -> dict[str, Any]:
+        """The result of a verb that opens, changes or ends a session.
 
         Raises:
-            WireError: ``E_SESSION``, ``E_LIMIT``.
+            WireError: ``E_SESSION``, ``E_EXPIRED``, ``E_LIMIT``, ``E_BUSY``, ``E_COMMIT``.
         """
-        return self._add(replace(self.get(session_id), turn=None, turns=0, rewrites=0))
-
-    def close(self, session_id: str) -> Session:
-        """Forget a session.
-
-        Raises:
-            WireError: ``E_SESSION``.
-        """
-        session = self.get(session_id)
-        del self._sessions[session_id]
-        return session
+        if isinstance(request, r.SessionOpen):
+            return {"session": self._open(request)}
+        session = self.get(request.session)
+        if isinstance(request, r.SessionFork):
+            return {"session": self._fork(session)}
+        if isinstance(request, r.SessionCommit):
+            session.commit()
+            return {"turns": session.turns, "tokens": len(session.history.ids)}
+        if isinstance(request, r.SessionPin):
+            if request.pinned:
+                self._pins.pin(session, self._account)
+            elif request.pinned is not None:
+                self._pins.unpin(session)
+            return self._pins.described(session)
+        pinned = session in self._pins
+        self._end(session)
+        return {"turns": session.turns, "rewrites": session.rewrites, "pinned": pinned}
 
     def get(self, session_id: str) -> Session:
-        """The session.
+        """The session; its time to live begins anew.
 
         Raises:
-            WireError: ``E_SESSION``.
+            WireError: ``E_SESSION``, ``E_EXPIRED``.
         """
         session = self._sessions.get(session_id)
-        if session is None:
-            raise WireError("E_SESSION", "there is no such session on this connection")
-        return session
+        if session is not None:
+            self._touch(session)
+            return session
+        if (ttl_s := self._expired.get(session_id)) is not None:
+            raise WireError(
+                "E_EXPIRED",
+                f"the session was not used for {ttl_s:g} s",
+                details={"ttl_s": ttl_s},
+            )
+        raise WireError("E_SESSION", "there is no such session on this connection")
+
+    def close(self) -> None:
+        """The connection is gone."""
+        for session in list(self._sessions.values()):
+            self._end(session)
+
+    def _open(self, request: r.SessionOpen) -> str:
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        history = History(messages=(*system, *request.messages))
+        ttl_s = TTL_S if request.ttl is None else request.ttl
+        return self._add(Session("", history, request.tools, request.template_args, ttl_s))
+
+    def _fork(self, session: Session) -> str:
+        """A turn that runs, or a reply that was not committed, is not part of the history."""
+        fresh = replace(session, turns=0, rewrites=0, turn=None, kept=None, timer=None)
+        return self._add(fresh)
 
     def _add(self, session: Session) -> str:
         if len(self._sessions) >= self._at_most:
@@ -151,4 +205,29 @@ class Sessions:
             raise limit_error("sessions_per_connection", count, self._at_most)
         session.id = secrets.token_hex(8)
         self._sessions[session.id] = session
+        self._touch(session)
         return session.id
+
+    def _touch(self, session: Session) -> None:
+        if session.timer is not None:
+            session.timer.cancel()
+            session.timer = None
+        if math.isfinite(session.ttl_s):
+            session.timer = self._clock.call_later(session.ttl_s, lambda: self._expire(session))
+
+    def _expire(self, session: Session) -> None:
+        if session.turn is not None:  # it is in use
+            self._touch(session)
+            return
+        self._end(session)
+        self._expired[session.id] = session.ttl_s
+        if len(self._expired) > _MOST_EXPIRED:
+            del self._expired[next(iter(self._expired))]
+
+    def _end(self, session: Session) -> None:
+        """The one way in which a session is over."""
+        if session.timer is not None:
+            session.timer.cancel()
+            session.timer = None
+        del self._sessions[session.id]
+        self._pins.unpin(session)

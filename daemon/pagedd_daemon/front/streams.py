@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pagedd_daemon.front.accounts import Account
@@ -23,6 +23,7 @@ from pagedd_daemon.front.held import Held
 from pagedd_daemon.front.measures import Measures
 from pagedd_daemon.front.model_ports import Clock, Timer, wire_error
 from pagedd_daemon.front.models import Model, Models
+from pagedd_daemon.front.pins import Pins
 from pagedd_daemon.front.ports import Connection, Transport
 from pagedd_daemon.front.requests import Generate, Generation
 from pagedd_daemon.front.sessions import Turn
@@ -39,6 +40,7 @@ from pagedd_daemon.messages import (
     ToEngine,
     Unpause,
 )
+from pagedd_daemon.params import SamplingParams, StopParams
 
 
 class Sample:
@@ -135,10 +137,15 @@ class Stream(Call):
         """The engine has begun with it."""
         self.turn: Turn | None = None
         """Of the session it speaks in."""
+        self.left_behind = -1
+        """The engine's name for the KV it leaves behind; -1: its session is not pinned."""
 
 
 class Streams:
     """All requests that generate, from acceptance to the engine's last word."""
+
+    pins: Pins
+    """Set before the first request; the two need each other."""
 
     def __init__(
         self,
@@ -209,6 +216,7 @@ class Streams:
         at_once = request.sequences
         standing = self._apps.stand(stream.account, stream.connection.priority, at_once)
         stream.standing = standing
+        hold = stream.turn is not None and stream.turn.session in self.pins
         stream.submitted = Submit(
             rid=0,
             app=standing.app.key,
@@ -222,6 +230,7 @@ class Streams:
             grammar=grammar,
             beams=request.searching(),
             prompt_logprobs=prompt_logprobs,
+            hold=hold,
         )
         self._send(stream, model)
 
@@ -239,8 +248,31 @@ class Streams:
             stream.rids.add(self._last_rid)
             self._by_rid[self._last_rid] = stream
             model.engine.send(replace(submit, rid=self._last_rid))
+            if submit.hold:
+                stream.left_behind = self._last_rid
         if stream.connection.lagging:
             self._tell(stream, Pause)
+
+    def hold(self, account: Account, model: Model, tokens: array[int]) -> int:
+        """Have the engine hold the KV of ``tokens``, and compute what it has not of it; its name
+        for that. Nobody is told of the one token that this draws."""
+        self._last_rid += 1
+        app = self._apps.message(account)
+        model.engine.send(app)
+        model.engine.send(
+            Submit(
+                rid=self._last_rid,
+                app=app.key,
+                klass=max(CLASSES["normal"], CLASSES[self._apps.klass(account)]),
+                root=app.root,
+                prompt=pack_ids(tokens),
+                n=1,
+                sampling=asdict(SamplingParams(temperature=0.0)),
+                stop=asdict(StopParams(max_tokens=1, ignore_eos=True)),
+                hold=True,
+            )
+        )
+        return self._last_rid
 
     def cancel(self, stream: Stream) -> None:
         """End it with ``done`` and reason ``cancelled``: at once, or when the engine has let go."""
@@ -466,6 +498,13 @@ class Streams:
         if stream.turn is not None:
             reply = stream.samples[0].ids if stream.samples else array("i")
             stream.turn.over(well, "".join(stream.texts), reply)
+            if (
+                stream.left_behind >= 0
+                and stream.lease is not None
+                and stream.lease.model is not None
+            ):
+                session, model = stream.turn.session, stream.lease.model
+                self.pins.turn_over(session, model, stream.left_behind, well=well)
         self._over(stream)
         if not stream.rids:
             self._release(stream)

@@ -30,6 +30,8 @@ DATA_VERBS: Mapping[str, type[r.Request]] = {
         r.SessionOpen,
         r.SessionSay,
         r.SessionFork,
+        r.SessionCommit,
+        r.SessionPin,
         r.SessionClose,
         r.Tokenize,
         r.Detokenize,

@@ -114,9 +114,11 @@ def run(
 
 @commands.command()
 @click.option("--system", metavar="TEXT", help="The system message.")
+@click.option("--pin", is_flag=True, help="Keep its KV in RAM while you think.")
 @generates
 def chat(
     system: str | None,
+    pin: bool,
     app: str,
     priority: str,
     verbose: bool,
@@ -127,7 +129,8 @@ def chat(
 ) -> None:
     """Talk with the model, a line a turn.
 
-    Ctrl-C stops a reply, Ctrl-D ends the conversation. Lines may come from a pipe.
+    Ctrl-C stops a reply, which stays as far as it came; Ctrl-D ends the conversation. Lines may
+    come from a pipe.
     """
     turns: list[dict[str, Any]] = []
     given = _given(options)
@@ -135,6 +138,8 @@ def chat(
     with pagedd.connect(app, priority, host=host, timeout=timeout) as client:
         _notice(client, json_)
         session = client.session(system=system)
+        if pin:
+            session.pin()
         for line in _lines(interactive):
             try:
                 result = _turn(session, line, given, quiet=json_)
@@ -161,6 +166,9 @@ def _turn(
             stream.cancel()
             _show(stream, quiet=True)
             click.echo()
+            # What was said so far was said: the person may refer to it.
+            with contextlib.suppress(pagedd.NothingToCommit):
+                session.commit()
         return stream.result
 
 
