@@ -129,8 +129,9 @@ def test_eight_that_share_a_thousand_tokens_take_no_more_blocks_when_they_are_ba
     with closing(backend):
         asking = Asking(backend)
         rid = asking.ask(ask)
-        asking.run(until=lambda: all(len(t.tokens) >= 5 for t in asking.answers[rid].texts))
         scheduler = asking.engine._scheduler
+        asking.run(until=lambda: any(s.generated >= 5 for s in scheduler.sequences()))
+        scheduler.wake()
         group = list(scheduler.sequences())
         assert len(group) == 8
         before = asking.blocks

@@ -91,9 +91,9 @@ class Asking:
         self.engine.handle(ask.message(rid, app))
         return rid
 
-    def step(self) -> None:
-        """One turn of the engine's loop."""
-        self.engine.step(self._said)
+    def step(self, *, single: bool = False) -> None:
+        """One turn of the engine's loop; a ``single`` step at most, as if a message waited."""
+        self.engine.step(self._said, lambda: single)
         self.most_blocks = max(self.most_blocks, self.blocks)
 
     @property
@@ -101,18 +101,19 @@ class Asking:
         """Blocks of the first tier that running sequences hold now."""
         return self.engine._pool.pager.stats().gpu.used
 
-    def run(self, until: Callable[[], bool] = lambda: False, most_s: float = 120.0) -> None:
-        """Until everything is over, or ``until`` is so.
+    def run(self, until: Callable[[], bool] | None = None, most_s: float = 120.0) -> None:
+        """Until everything is over, or ``until`` is so, which is asked after every step.
 
         Raises:
             TimeoutError: That takes too long.
         """
         end = time.monotonic() + most_s
-        self.step()
-        while self.engine.has_work and not until():
+        single = until is not None
+        self.step(single=single)
+        while self.engine.has_work and not (until and until()):
             if time.monotonic() > end:
                 raise TimeoutError(f"requests did not end: {self.answers}")
-            self.step()
+            self.step(single=single)
 
     def all(self, asks: Sequence[Ask]) -> list[Answer]:
         """Submit these at once and run; their answers."""

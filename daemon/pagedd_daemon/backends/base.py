@@ -109,15 +109,22 @@ class Run:
 
 @dataclass(slots=True)
 class Step:
-    """One forward pass over the runs of many sequences."""
+    """One forward pass over the runs of many sequences.
+
+    Where the same sequences take a token each in many steps one after the other, the same object is
+    launched again, its runs moved on (`pagedd_daemon.engine.stretch`).
+    """
 
     epoch: int
     runs: list[Run]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
-    """What came out of a step, one `Drawn` per `Draw`, in the step's order."""
+    """What came out of a step, one `Drawn` per `Draw`, in the step's order.
+
+    Not frozen: see `Drawn`.
+    """
 
     epoch: int
     drawn: list[tuple[int, Drawn]]

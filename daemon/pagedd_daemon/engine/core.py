@@ -210,47 +210,59 @@ class Engine:
         the books were brought up to date after each).
         """
         sequences = self._scheduler.launched
-        begin = self._clock()
+        known = 0.0
         done: list[list[Drawn]] = []
         while True:
             self._steps += 1
             try:
                 result = self._backend.collect(self._backend.launch(step))
             except StepFaultError as fault:
-                self._keep(sequences, done, begin)
+                self._keep(sequences, done, known)
                 self._fail(step, str(fault))
                 return
             row = [one for _, one in result.drawn]
+            over = self._note(sequences, row)
+            now = self._clock()
+            if not done:  # of those held back, this one waits longest
+                known = self._outbox.oldest(now)
             done.append(row)
-            over = False
-            for sequence, one in zip(sequences, row, strict=True):
-                if self._ends(sequence.request, one.token):
-                    over = True
-                else:
-                    sequence.tokens.append(one.token)
-                    sequence.sampler.accept(one.token)
-                    over = over or sequence.sampler.complete
-            self._step_s = result.seconds
             self._seconds.append(result.seconds)
             over = over or self._scheduler.stretch_left == 1 or waiting()
-            if over or self._clock() + result.seconds > begin + self._outbox.hold_s:
+            if over:
                 break
-            self._scheduler.retire(step, result.seconds)
-            following = self._scheduler.plan(begin)
-            assert following is not None
-            step = following
-        self._keep(sequences, done, begin)
+            if now + result.seconds > known + self._outbox.hold_s:
+                self._keep(sequences, done, known)
+                self._outbox.say(say, self._steps)
+                done.clear()
+            step = self._scheduler.advance(result.seconds)
+        self._step_s = result.seconds
+        self._keep(sequences, done, known)
         self._say(say)
         self._scheduler.retire(step, result.seconds)
         for sequence, one in zip(sequences, row, strict=True):
             self._end_if_over(sequence, one)
 
-    def _keep(self, sequences: list[Sequence], done: list[list[Drawn]], begin: float) -> None:
-        """Say what some steps drew for ``sequences``, a list each."""
+    def _note(self, sequences: list[Sequence], row: list[Drawn]) -> bool:
+        """Take over what one step drew for ``sequences``; whether that ends one of them."""
+        over = False
+        eog = self._caps.eog_tokens
+        for sequence, one in zip(sequences, row, strict=True):
+            request, token = sequence.request, one.token
+            if token < 0 or token in eog or token in request.stop.stop_token_ids:
+                over = True
+                continue
+            sequence.tokens.append(token)
+            sequence.sampler.accept(token)
+            if request.constrained and sequence.sampler.complete:
+                over = True
+        return over
+
+    def _keep(self, sequences: list[Sequence], done: list[list[Drawn]], known: float) -> None:
+        """Say what some steps drew for ``sequences``, a list each, the first at ``known``."""
         now = self._clock()
         for row in done:
             for sequence, one in zip(sequences, row, strict=True):
-                self._output(sequence, [one], now, begin)
+                self._output(sequence, [one], now, known)
 
     def _output(self, sequence: Sequence, drawn: list[Drawn], now: float, since: float) -> None:
         """Report what was drawn for a sequence and the samples after it; it is known ``since``."""

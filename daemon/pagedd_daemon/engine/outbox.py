@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pagedd_daemon import messages as m
 from pagedd_daemon.engine.sampler import Drawn
 
-HOLD_S = 0.040
+HOLD_S = 0.050
 """The longest a token waits for those after it, where the engine computes on the cores that front
-and apps need too: text then moves 25 times a second, as often as a film. A report to front and app
-costs 350 µs of the step it interrupts, 6 % of a step of SmolLM2 at one stream on 2 cores."""
+and apps need too. Text then moves at least ten times a second: steps of up to 50 ms go two to a
+report, shorter ones more. A report to front and app costs 350 µs of the step it interrupts, 6 % of
+a step of SmolLM2 at one stream on 2 cores."""
 
 
 class Outbox:
@@ -27,7 +28,7 @@ class Outbox:
         self._urgent = False
 
     def output(self, rid: int, index: int, drawn: Drawn, now: float, *, first: bool) -> None:
-        """A token of a sample; somebody waits for a ``first`` one."""
+        """A token of a sample, known since ``now``; somebody waits for a ``first`` one."""
         token = drawn.token.to_bytes(4, "little")
         logprobs = None if drawn.logprob is None else [(drawn.logprob, [*drawn.top])]
         held = self._open.get((rid, index))
@@ -41,6 +42,10 @@ class Outbox:
             if held.logprobs is not None and logprobs is not None:
                 held.logprobs += logprobs
         self._urgent |= first
+
+    def oldest(self, now: float) -> float:
+        """Since when the oldest token that is held back is known: ``now``, if none is."""
+        return self._since if self._open else now
 
     def started(self, rid: int, cached_tokens: int) -> None:
         """A request's prompt begins to be computed."""

@@ -42,9 +42,12 @@ _FIRST_REACH = 6.0
 """Logits below the largest: of a typical language model a few dozen tokens lie this close."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drawn:
-    """A token that was drawn, and what was asked to be known about it."""
+    """A token that was drawn, and what was asked to be known about it.
+
+    Not frozen: that would treble the time to make one.
+    """
 
     token: int
     """-1: the logits of this row are not numbers, or nothing in it may be drawn. Nothing else of
@@ -116,6 +119,7 @@ class Sampler:
         "_bias_values",
         "_eog_mask",
         "_eog_set",
+        "_few",
         "_greedy",
         "_history",
         "_key",
@@ -181,6 +185,14 @@ class Sampler:
                 self._history.add(int(token))
         self._plain = not bias and self._history is None and matcher is None
         self._greedy = params.temperature <= 0.0 and self._plain
+        self._few = (
+            self._plain
+            and params.temperature > 0.0
+            and params.typical_p >= 1.0
+            and 0 < params.top_k <= _FEW
+            and params.top_k < vocab_size
+            and params.logprobs < 0
+        )
 
     def accept(self, token: int) -> None:
         """``token`` is kept as the next one of this sample."""
@@ -251,13 +263,21 @@ class Sampler:
         """Ids whose logits are raised, ascending, and by how much."""
         return self._bias_ids, self._bias_values
 
+    def excluded(self) -> frozenset[int]:
+        """`masked` for the next draw, as a set."""
+        return self._stop_set if self.generated < self.stop.min_tokens else self._eog_set
+
+    @property
+    def takes_few(self) -> bool:
+        """Whether it draws one of a small top k, and nothing else is to do but to leave out what
+        may not be drawn."""
+        return self._few
+
     def takes_best(self, token: int) -> bool:
         """Whether it draws the largest logit, whose id is ``token``, and nothing else is to do."""
         if not self._greedy or self.params.logprobs >= 0:
             return False
-        return token not in (
-            self._stop_set if self.generated < self.stop.min_tokens else self._eog_set
-        )
+        return token not in self.excluded()
 
     def adjust(self, row: Row) -> list[tuple[Ids, Row]]:
         """Apply bias, penalties and masks to ``row`` in place.
@@ -306,14 +326,20 @@ def draw(logits: npt.NDArray[np.float32], rows: Sequence[tuple[int, Sampler]]) -
     Returns:
         One `Drawn` per entry of ``rows``, in order.
     """
-    best = logits.argmax(axis=1).tolist() if any(s._greedy for _, s in rows) else []
-    # argmax takes a NaN for the largest, so one look finds any.
-    drawn = [
-        Drawn(best[at] if math.isfinite(logits[at, best[at]]) else -1)
-        if best and sampler.takes_best(best[at])
-        else None
-        for at, sampler in rows
-    ]
+    best: list[int] = []
+    drawn: list[Drawn | None] = []
+    for at, sampler in rows:
+        if sampler._greedy and not best:
+            best = logits.argmax(axis=1).tolist()
+        if best and sampler.takes_best(best[at]):
+            # argmax takes a NaN for the largest, so one look finds any.
+            drawn.append(Drawn(best[at] if math.isfinite(logits[at, best[at]]) else -1))
+        elif sampler.takes_few:
+            row = logits[at]
+            peak = float(row.max())
+            drawn.append(Drawn(_sample_few(row, peak, sampler) if math.isfinite(peak) else -1))
+        else:
+            drawn.append(None)
     if None not in drawn:
         return cast("list[Drawn]", drawn)
     # A tiny temperature overflows the quotient to -inf, whose exp is the 0 that is meant.
@@ -393,11 +419,21 @@ def _sample_few(row: Row, peak: float, sampler: Sampler) -> int:
     """`_sample` where top-k leaves at most `_FEW` tokens: the same sums, without arrays.
 
     In the engine every call of NumPy begins with cold caches, since a step has just read all of the
-    weights: eight calls on 40 values cost 100 µs there, these loops 25.
+    weights: eight calls on 40 values cost 100 µs there, these loops 25. So ids that may not be
+    drawn are left out here, too, rather than masked in the row.
     """
     p = sampler.params
-    ids, values, sampler._reach = _top_k(row, peak, p.top_k, sampler._reach)
-    first, *_ = logits = values.tolist()
+    excluded = sampler.excluded()
+    wanted = min(p.top_k + len(excluded), row.size)
+    nearest, values, sampler._reach = _top_k(row, peak, wanted, sampler._reach)
+    ids, logits = nearest.tolist(), values.tolist()
+    if not excluded.isdisjoint(ids):
+        logits = [x for token, x in zip(ids, logits, strict=True) if token not in excluded]
+        ids = [token for token in ids if token not in excluded]
+        if not ids:
+            return -1
+    del logits[p.top_k :]
+    first = logits[0]
     if p.top_p < 1.0:
         mass = list(accumulate(math.exp(value - first) for value in logits))
         del logits[bisect_left(mass, p.top_p * mass[-1]) + 1 :]

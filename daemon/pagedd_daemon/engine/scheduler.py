@@ -253,8 +253,7 @@ class Scheduler:
         """The oldest step in flight is done: its tokens are in the pool."""
         parts = self._flights.popleft()
         if self._stretch is not None:
-            self.cost.observe(len(step.runs), 0, seconds)
-            if self._stretch.step_done():
+            if self._stretch.step_done(seconds):
                 self._end_stretch()
             return
         self.turns.retired()
@@ -317,12 +316,20 @@ class Scheduler:
         self._flights.append(stretch.parts)
         return stretch.next_step()
 
+    def advance(self, seconds: float) -> Step:
+        """The step in flight of a stretch is done and took ``seconds``; its next one, in flight."""
+        assert self._stretch is not None
+        self._stretch.step_done(seconds)
+        return self._stretch.next_step()
+
     def _end_stretch(self) -> None:
         """Tell the pager what the stretch has computed, all of it or not."""
         stretch, self._stretch = self._stretch, None
         if stretch is None:
             return
         if stretch.done:
+            for seconds in stretch.seconds:
+                self.cost.observe(len(stretch.parts), 0, seconds)
             self.turns.decoded((s for s, _ in stretch.parts), stretch.epoch, stretch.done)
             self._residents.tell(StepRetired(stretch.epoch, stretch.tokens()))
         else:
