@@ -1,4 +1,4 @@
-"""The documentation: every command in it works, and no link leads nowhere."""
+"""The documentation: every command and program in it works, and no link leads nowhere."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.support.daemon import RunningDaemon, running_daemon
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+_PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -88,6 +89,22 @@ def test_every_command_of_a_page_works(desk: Desk, page: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if _PYTHON.search(p.read_text())], ids=lambda page: page.name
+)
+def test_every_program_of_a_page_works(desk: Desk, page: Path) -> None:
+    for program in _PYTHON.findall(page.read_text()):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=desk.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, f"{page.name}\n{program}\n{done.stdout}{done.stderr}"
 
 
 def _serves(desk: Desk, command: Command) -> None:
