@@ -28,11 +28,12 @@ test: $(READY) ## the whole test suite (sets everything up first)
 test-gpu: $(READY) ## the tests that need a CUDA device; fails where there is none
 	@$(BIN)/python -m pytest tests/gpu -m gpu
 
-check: $(READY) ## ruff, mypy --strict, import boundaries, file lengths
+check: $(READY) ## ruff, mypy --strict, import boundaries, rules of safety, file lengths
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python packaging/dev/check_imports.py
+	$(BIN)/python packaging/dev/check_safety.py
 	$(BIN)/python packaging/dev/check_length.py
 
 bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, half an hour or so

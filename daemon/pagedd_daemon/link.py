@@ -125,6 +125,21 @@ def _pack_step(report: m.StepReport) -> bytes:
     return packed
 
 
+def values(body: bytes) -> list[Any]:
+    """What was packed as a list by this process or another of this daemon.
+
+    Raises:
+        LinkError: It is no list.
+    """
+    try:
+        read = msgpack.unpackb(body, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise LinkError(f"not msgpack: {error!r}") from error
+    if not isinstance(read, list):
+        raise LinkError(f"a {type(read).__name__} where a list belongs")
+    return read
+
+
 def unpack(body: bytes) -> m.ToEngine | m.ToFront:
     """The message in a frame's body.
 
@@ -132,10 +147,10 @@ def unpack(body: bytes) -> m.ToEngine | m.ToFront:
         LinkError: It is none of ours.
     """
     try:
-        name, *values = msgpack.unpackb(body, strict_map_key=False)
+        name, *fields_ = values(body)
         if name == "StepReport":
-            return _step_report(values)
-        message: m.ToEngine | m.ToFront = _KINDS[name](*values)
-    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
+            return _step_report(fields_)
+        message: m.ToEngine | m.ToFront = _KINDS[name](*fields_)
+    except (KeyError, TypeError, ValueError) as error:
         raise LinkError(f"not a message of this version: {error!r}") from error
     return message

@@ -1,4 +1,4 @@
-"""Checks what may import what, and that nothing unsafe is called; part of ``make check``.
+"""Checks what may import what; part of ``make check``.
 
 The rules are those of docs/architecture.md, "Who imports whom". Modules are read as syntax trees
 and never imported. An import inside a function counts like any other; one under
@@ -57,14 +57,6 @@ ONE_WAY: Mapping[str, frozenset[str]] = {
     "pagedd_kernels": frozenset({"pagedd", "pagedd_daemon", "kvpager"}),
 }
 """Imports point one way: clients <- daemon -> kvpager, kernels."""
-
-UNSAFE_MODULES = frozenset(
-    {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-    # These pickle whatever is put into them.
-    | {"diskcache", "multiprocessing"}
-)
-UNSAFE_NAMES = frozenset({"eval", "exec"})
-UNSAFE_METHODS = frozenset({"recv_pyobj", "send_pyobj"})
 
 
 @dataclass(frozen=True)
@@ -192,47 +184,12 @@ def check_light(modules: Mapping[str, Module], root: Path) -> Iterator[str]:
                     queue.append(name)
 
 
-def check_unsafe(modules: Mapping[str, Module], root: Path) -> Iterator[str]:
-    """`UNSAFE_MODULES`, `UNSAFE_NAMES`, `UNSAFE_METHODS`, and loaders that unpickle by default."""
-    for module in modules.values():
-        for target in imports(module):
-            if _top(target.target) in UNSAFE_MODULES:
-                yield f"{_where(module, target.line, root)}: {_top(target.target)} is forbidden"
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Call) and (reason := _unsafe_call(node)):
-                yield f"{_where(module, node.lineno, root)}: {reason}"
-
-
-def _unsafe_call(call: ast.Call) -> str:
-    """Why a call is unsafe, or the empty string."""
-    function = call.func
-    keywords = {k.arg: k.value for k in call.keywords}
-    if isinstance(function, ast.Name) and function.id in UNSAFE_NAMES:
-        return f"{function.id}() is forbidden"
-    if not isinstance(function, ast.Attribute):
-        return ""
-    if function.attr in UNSAFE_METHODS:
-        return f".{function.attr}() pickles: forbidden"
-    if isinstance(function.value, ast.Name) and function.attr == "load":
-        owner = function.value.id
-        if owner == "torch" and not _is_true(keywords.get("weights_only")):
-            return "torch.load() without weights_only=True unpickles"
-        if owner in {"np", "numpy"} and _is_true(keywords.get("allow_pickle")):
-            return "numpy.load(allow_pickle=True) unpickles"
-    return ""
-
-
-def _is_true(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant) and node.value is True
-
-
 def violations(root: Path) -> list[str]:
     """Every breach of every rule under ``root``, as ``path:line: sentence``."""
     modules = load(root)
     found = [
         *check_allowed(modules, root),
         *check_light(modules, root),
-        *check_unsafe(modules, root),
     ]
     return sorted(set(found))
 

@@ -174,7 +174,7 @@ class Core:
             ProtocolViolation: It is none the protocol allows. The connection is of no more use.
         """
         try:
-            message = msgpack.unpackb(frame)
+            message = decoded(frame)
             if message["v"] != PROTOCOL:
                 raise ProtocolViolation(
                     f"the daemon speaks protocol {message['v']!r}, this client {PROTOCOL}: "
@@ -185,10 +185,8 @@ class Core:
                 call = self._sort(event)
                 if call is not None:
                     again.append((call.control, self.again(call)))
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-            raise ProtocolViolation(
-                f"the daemon sent {len(frame)} bytes that are no message: {error!r}"
-            ) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise _no_message(frame, error) from error
         return again
 
     def fail(self, error: PageddError, *, control: bool | None = None) -> None:
@@ -264,6 +262,22 @@ class Core:
                 details={"limit": "frame_bytes", "value": self.frame_bytes, "bytes": len(frame)},
             )
         return frame
+
+
+def decoded(frame: bytes) -> Any:
+    """The value that a frame of the daemon's holds.
+
+    Raises:
+        ProtocolViolation: It holds none.
+    """
+    try:
+        return msgpack.unpackb(frame)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise _no_message(frame, error) from error
+
+
+def _no_message(frame: bytes, error: Exception) -> ProtocolViolation:
+    return ProtocolViolation(f"the daemon sent {len(frame)} bytes that are no message: {error!r}")
 
 
 def result_of(event: Event) -> Event:

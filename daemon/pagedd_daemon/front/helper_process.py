@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import msgpack
-
 from pagedd_daemon.helper.protocol import HelperLimits
-from pagedd_daemon.link import FrameReader, LinkError
+from pagedd_daemon.link import FrameReader, LinkError, values
 
 _OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
 """Signals a process does not get for what it does."""
@@ -71,10 +69,10 @@ class HelperProcess(asyncio.Protocol):
         """Part of the one answer that is awaited."""
         try:
             for body in self._reader.feed(data):
-                answer = msgpack.unpackb(body, strict_map_key=False)
+                answer = values(body)
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(answer)
-        except (LinkError, ValueError, msgpack.UnpackException):
+        except LinkError:
             self.kill()
 
     def connection_lost(self, _error: Exception | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgpack
 
 from pagedd_daemon.front.ports import Event
+from pagedd_daemon.link import values
 
 _BATCH = 128
 """Events packed together. A chunk is about 600 bytes as a dict and 30 packed: without this, sixteen
@@ -57,23 +58,23 @@ class Journal:
         first, skip = divmod(after + 1, _BATCH)
         seq = first * _BATCH
         for batch in self._packed[first:]:
-            for values in msgpack.unpackb(batch, strict_map_key=False):
+            for packed in values(batch):
                 if skip:
                     skip -= 1
                 else:
-                    yield self._expand(seq, values)
+                    yield self._expand(seq, packed)
                 seq += 1
         if first <= len(self._packed):
             yield from self._tail[skip:]
 
-    def _expand(self, seq: int, values: Any) -> Event:
+    def _expand(self, seq: int, packed: Any) -> Event:
         event: dict[str, Any] = {"id": self._id, "seq": seq}
-        if isinstance(values, list):
-            event |= {"type": "chunk", "index": values[0], "text": values[1], "tokens": values[2]}
-            if len(values) > 3:
-                event["logprobs"] = values[3]
+        if isinstance(packed, list):
+            event |= {"type": "chunk", "index": packed[0], "text": packed[1], "tokens": packed[2]}
+            if len(packed) > 3:
+                event["logprobs"] = packed[3]
         else:
-            event |= values
+            event |= packed
         return event
 
 
@@ -104,7 +105,7 @@ class Remembered:
 def _compact(event: Event) -> Any:
     if event["type"] != "chunk":
         return {key: value for key, value in event.items() if key not in ("id", "seq")}
-    values = [event["index"], event["text"], event["tokens"]]
+    chunk = [event["index"], event["text"], event["tokens"]]
     if "logprobs" in event:
-        values.append(event["logprobs"])
-    return values
+        chunk.append(event["logprobs"])
+    return chunk

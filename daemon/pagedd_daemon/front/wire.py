@@ -178,9 +178,9 @@ def _salvage_id(data: bytes, limits: Limits) -> str:
         for _ in range(values // 2):
             if data[pos : pos + 3] == b"\xa2id":
                 end = _walk(data, pos + 3, 1, limits, depth=1)
-                return valid_id(msgpack.unpackb(data[pos + 3 : end], max_array_len=0), limits)
+                return valid_id(_unpacked(data[pos + 3 : end], _Builder(limits)), limits)
             pos = _walk(data, pos, 2, limits, depth=1)
-    except (IndexError, WireError, ValueError, TypeError, msgpack.UnpackException):
+    except (IndexError, WireError):
         pass
     return ""
 
@@ -245,8 +245,19 @@ def decode(frames: Sequence[bytes], limits: Limits = DEFAULT_LIMITS) -> dict[str
 def _decode(data: bytes, limits: Limits) -> dict[str, Any]:
     _survey(data, limits)
     build = _Builder(limits)
+    message = _unpacked(data, build)
+    if build.int_maps != isinstance(message.get("logit_bias"), _IntKeys) or isinstance(
+        message, _IntKeys
+    ):
+        raise _malformed("a map has keys that are not strings")
+    return dict(message)
+
+
+def _unpacked(data: bytes, build: _Builder) -> Any:
+    """The value in bytes that were surveyed."""
+    limits = build.limits
     try:
-        message = msgpack.unpackb(
+        return msgpack.unpackb(
             data,
             raw=False,
             # Integer keys are checked by `_Builder.map`.
@@ -271,11 +282,6 @@ def _decode(data: bytes, limits: Limits) -> dict[str, Any]:
         msgpack.UnpackException,
     ) as error:
         raise _malformed(f"not msgpack of this protocol ({type(error).__name__})") from error
-    if build.int_maps != isinstance(message.get("logit_bias"), _IntKeys) or isinstance(
-        message, _IntKeys
-    ):
-        raise _malformed("a map has keys that are not strings")
-    return dict(message)
 
 
 def _no_extension(code: int, data: bytes) -> NoReturn:

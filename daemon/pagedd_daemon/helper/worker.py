@@ -18,7 +18,7 @@ from pagedd_daemon.helper.confine import Budget, confine, watch_lifeline
 from pagedd_daemon.helper.protocol import OPENED, SIMULATED, SIMULATED_IDS, HelperLimits
 from pagedd_daemon.helper.templates import TemplateRefusedError
 from pagedd_daemon.helper.vocabulary import open_vocabulary
-from pagedd_daemon.link import FrameReader, frame
+from pagedd_daemon.link import FrameReader, frame, values
 from pagedd_daemon.models.errors import ModelError
 from pagedd_daemon.models.model import ModelHeader, read_model_header
 
@@ -58,7 +58,7 @@ class Worker:
     def _answer(self, body: bytes) -> bytes:
         self._budget.begin()
         try:
-            operation, *arguments = msgpack.unpackb(body, strict_map_key=False)
+            operation, *arguments = values(body)
             result = self._operations[operation](*arguments)
             return bytes(msgpack.packb(["ok", self._budget.spent(), result]))
         except MemoryError:
@@ -81,7 +81,7 @@ class Worker:
             self._budget.allow_model(header.header_bytes)
         vocabulary = open_vocabulary(source, header)
         self._models[source] = ChatTokenizer(vocabulary)
-        values = (
+        opened = (
             header.digest if header else _simulated_digest(source),
             vocabulary.size,
             vocabulary.bos,
@@ -94,15 +94,15 @@ class Worker:
             pack_ids(vocabulary.piece_lengths),
             vocabulary.pieces,
         )
-        return dict(zip(OPENED, values, strict=True))
+        return dict(zip(OPENED, opened, strict=True))
 
     def _opened_without_tokenizer(
         self, source: str, header: ModelHeader | None, vocab_size: int
     ) -> dict[str, Any]:
         self._models[source] = None
         digest = header.digest if header else _simulated_digest(source)
-        values = (digest, vocab_size, -1, -1, b"", False, False, False, False, b"", b"")
-        return dict(zip(OPENED, values, strict=True))
+        opened = (digest, vocab_size, -1, -1, b"", False, False, False, False, b"", b"")
+        return dict(zip(OPENED, opened, strict=True))
 
     def _close(self, source: str) -> None:
         self._tokenizers.pop(source, None)
