@@ -47,6 +47,25 @@ def test_tokens_and_text_of_chunks_are_those_of_the_result(client: pagedd.Client
     assert client.detokenize(client.tokenize("Grüße", bos=False)) == "Grüße"
 
 
+def test_pieces_are_the_bytes_of_a_text_token_by_token(client: pagedd.Client) -> None:
+    tokens = client.tokenize("Grüße", bos=False)
+    pieces = client.pieces(tokens)
+    assert len(pieces) == len(tokens)
+    assert b"".join(pieces).decode() == "Grüße"
+    with pytest.raises(pagedd.InvalidRequest) as caught:
+        client.pieces(tokens[:1] * 20_000)
+    assert caught.value.details["limit"] == "list_entries"
+
+
+def test_render_says_what_chat_would_read(client: pagedd.Client) -> None:
+    messages = [{"role": "user", "content": "Good evening"}]
+    rendered = client.render(messages)
+    assert "Good evening" in rendered.text
+    with client.chat(messages, max_tokens=1) as stream:
+        stream.wait()
+        assert stream.prompt_tokens == len(rendered.tokens)
+
+
 def test_the_seed_of_a_result_draws_it_again(client: pagedd.Client) -> None:
     first = client.complete("hello", max_tokens=20, ignore_eos=True)
     again = client.complete("hello", max_tokens=20, ignore_eos=True, seed=first.seed)

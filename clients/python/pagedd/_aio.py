@@ -14,7 +14,14 @@ from pagedd._errors import ConnectionFailed, PageddError
 from pagedd._hub import Hub
 from pagedd._paths import CONTROL_SOCKET, resolve_host
 from pagedd._sync import BYE_S, stalled, unanswered, was_closed
-from pagedd._types import Chunk, Completion, ServerInfo, SessionKV, SessionSummary
+from pagedd._types import (
+    Chunk,
+    Completion,
+    RenderedChat,
+    ServerInfo,
+    SessionKV,
+    SessionSummary,
+)
 from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
 from pagedd._version import CLIENT
 
@@ -125,6 +132,23 @@ class AsyncClient:
         fields = {"tokens": _verbs.pack_tokens(tokens)}
         return str((await self._ask("detokenize", fields, timeout))["text"])
 
+    async def pieces(self, tokens: Sequence[int], *, timeout: float | None = None) -> list[bytes]:
+        """The bytes each token stands for; they may be part of a character."""
+        fields = {"tokens": _verbs.pack_tokens(tokens), "pieces": True}
+        return list((await self._ask("detokenize", fields, timeout))["pieces"])
+
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> RenderedChat:
+        """What the model would read for these arguments of `chat`; nothing is generated."""
+        fields = _verbs.chat(messages, tools, template_args, {})
+        return _verbs.rendered(await self._ask("render", fields, timeout))
+
     async def models(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The models the daemon finds, loaded or not."""
         return list((await self._ask("models", {}, timeout))["models"])
@@ -192,6 +216,16 @@ class AsyncClient:
     async def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Ask the daemon to exit, with ``drain`` once its streams have ended."""
         await self._ask("shutdown", {"drain": drain}, timeout, control=True)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the connection stands; once it is lost, a new client is needed."""
+        return self._opened is not None and self._opened.usable
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is awaited."""
+        return self._opened is not None and self._opened.core.busy
 
     async def close(self) -> None:
         """End the connection: the daemon cancels its requests and closes its sessions."""

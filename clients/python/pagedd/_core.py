@@ -111,6 +111,11 @@ class Core:
         self._calls: dict[str, Call] = {}
         self._made = 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call is not over."""
+        return bool(self._calls)
+
     def open(
         self, verb: str, fields: Mapping[str, Any], *, control: bool = False
     ) -> tuple[Call, bytes]:

@@ -13,7 +13,14 @@ from pagedd._core import Assembly, Call, result_of
 from pagedd._errors import ConnectionFailed, PageddError, RequestTimeout
 from pagedd._paths import CONTROL_SOCKET, resolve_host
 from pagedd._pump import Pump
-from pagedd._types import Chunk, Completion, ServerInfo, SessionKV, SessionSummary
+from pagedd._types import (
+    Chunk,
+    Completion,
+    RenderedChat,
+    ServerInfo,
+    SessionKV,
+    SessionSummary,
+)
 from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
 from pagedd._version import CLIENT
 
@@ -260,6 +267,23 @@ class Client(Control):
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         fields = {"tokens": _verbs.pack_tokens(tokens)}
         return str(self._ask("detokenize", fields, timeout)["text"])
+
+    def pieces(self, tokens: Sequence[int], *, timeout: float | None = None) -> list[bytes]:
+        """The bytes each token stands for; they may be part of a character."""
+        fields = {"tokens": _verbs.pack_tokens(tokens), "pieces": True}
+        return list(self._ask("detokenize", fields, timeout)["pieces"])
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> RenderedChat:
+        """What the model would read for these arguments of `chat`; nothing is generated."""
+        fields = _verbs.chat(messages, tools, template_args, {})
+        return _verbs.rendered(self._ask("render", fields, timeout))
 
     def models(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The models the daemon finds, loaded or not."""

@@ -131,3 +131,11 @@ class SessionSummary:
     rewrites: int
     """Turns in which the chat template rewrote earlier text, so that it had to be tokenised and
     computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as the model's chat template writes it, up to where the reply begins."""
+
+    text: str
+    tokens: tuple[int, ...]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from pagedd._errors import InvalidRequest
+from pagedd._types import RenderedChat
 
 DEFAULT_TIMEOUT_S = 30.0
 
@@ -179,6 +180,11 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
     if len(data) % 4:
         raise ValueError(f"{len(data)} bytes are no packed int32")
     return struct.unpack(f"<{len(data) // 4}i", data)
+
+
+def rendered(result: Mapping[str, Any]) -> RenderedChat:
+    """The result of ``render``."""
+    return RenderedChat(str(result["text"]), unpack_tokens(result["tokens"]))
 
 
 def _plain(items: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:

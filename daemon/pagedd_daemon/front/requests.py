@@ -417,6 +417,18 @@ class Detokenize(Request):
     verb = "detokenize"
 
     tokens: Tokens
+    pieces: bool = False
+    """Say the bytes of each token, too."""
+
+
+class Render(Request):
+    """A conversation as the model would read it, without generating."""
+
+    verb = "render"
+
+    messages: SomeMessages
+    tools: Tools = Field(default_factory=list)
+    template_args: TemplateArgs = Field(default_factory=dict)
 
 
 class Models(Request):
@@ -542,6 +554,7 @@ DataRequest = (
     | SessionClose
     | Tokenize
     | Detokenize
+    | Render
     | Models
     | Load
     | Unload

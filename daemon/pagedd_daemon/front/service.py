@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from array import array
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -383,10 +382,13 @@ class FrontService:
             text = request
             self._with_model(call, None, lambda m: self._later(call, self._tokenize(call, text, m)))
         elif isinstance(request, r.Detokenize):
-            ids = unpack_ids(request.tokens)
+            tokens = request
             self._with_model(
-                call, None, lambda m: self._later(call, self._detokenize(call, ids, m))
+                call, None, lambda m: self._later(call, self._detokenize(call, tokens, m))
             )
+        elif isinstance(request, r.Render):
+            chat = request
+            self._with_model(call, None, lambda m: self._later(call, self._render(call, chat, m)))
         elif isinstance(request, r.Models):
             self._later(call, self._list(call))
         elif isinstance(request, r.Load):
@@ -444,11 +446,26 @@ class FrontService:
         ids = await model.text.tokenize(request.text, request.special, request.bos)
         self._result(call, {"tokens": pack_ids(ids)})
 
-    async def _detokenize(self, call: Call, ids: array[int], model: Model) -> None:
+    async def _render(self, call: Call, request: r.Render, model: Model) -> None:
+        if model.text.pieces is None:
+            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
+        rendered = await model.text.chat(
+            Conversation(request.messages, request.tools, request.template_args)
+        )
+        self._result(call, {"text": rendered.text, "tokens": pack_ids(rendered.ids)})
+
+    async def _detokenize(self, call: Call, request: r.Detokenize, model: Model) -> None:
+        ids = unpack_ids(request.tokens)
         table = model.text.pieces
         if table is None:
             raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
         check_ids(ids, len(table))
+        most = self._limits.list_entries
+        if request.pieces and len(ids) > most:
+            details = {"limit": "list_entries", "value": most, "tokens": len(ids)}
+            raise WireError(
+                "E_LIMIT", f"pieces of {len(ids)} tokens, {most} at most", details=details
+            )
         detokenizer = Detokenizer(table)
         parts = []
         for at in range(0, len(ids), _SLICE):
@@ -457,7 +474,8 @@ class FrontService:
         text = "".join(parts) + detokenizer.finish()
         if table.space_prefix:
             text = text.removeprefix(" ")
-        self._result(call, {"text": text})
+        pieces = {"pieces": [table[token] for token in ids]} if request.pieces else {}
+        self._result(call, {"text": text, **pieces})
 
     async def _list(self, call: Call) -> None:
         entries = await self._source.list()

@@ -35,6 +35,7 @@ DATA_VERBS: Mapping[str, type[r.Request]] = {
         r.SessionClose,
         r.Tokenize,
         r.Detokenize,
+        r.Render,
         r.Models,
         r.Load,
         r.Unload,
