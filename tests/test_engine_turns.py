@@ -102,6 +102,23 @@ def test_interactive_work_does_not_wait_for_room_that_background_work_has() -> N
     assert len(batch.ended()) == 10
 
 
+def test_nobody_makes_way_for_an_app_that_lacks_room_within_its_own_ceiling() -> None:
+    world = World(6, kv_tokens=2048)
+    batch = world.app("batch", klass=BACKGROUND)
+    person = world.app("person", klass=INTERACTIVE, kv_ceiling=512)
+    for _ in range(10):
+        batch.submit(prompt=150, max_tokens=200)
+    world.run(4.0)
+    for _ in range(8):
+        person.submit(prompt=200, max_tokens=100)
+    world.run(300.0)
+    assert len(batch.ended()) == 10
+    assert len(person.ended()) == 8
+    # Two fit under the ceiling at a time, so at most four times others make way, of whom each
+    # grows meanwhile.
+    assert world.preemptions <= 16
+
+
 @pytest.mark.parametrize("seed", seeds(2))
 def test_a_large_request_is_bypassed_a_bounded_number_of_times(seed: int) -> None:
     world = World(seed, kv_tokens=2048)

@@ -63,6 +63,10 @@ def test_a_namespace_gets_no_more_than_its_ceiling_and_says_so() -> None:
     assert caller.admit(1, ids(16)) == [Denied(1, 5, 4)]
     caller.prompt(2, ids(8))
     assert caller.admit(3, ids(12, 50)) == [Deferred(3, DeferReason.QUOTA, 3, 2)]
+    # It says so even where the pool is full, too: others would make way for nothing.
+    caller.prompt(6, ids(50, 80), OTHER_ROOT)
+    assert caller.admit(3, ids(12, 50)) == [Deferred(3, DeferReason.QUOTA, 3, 2)]
+    caller(Free(6))
     # What it shares with itself counts once.
     caller.admit(4, ids(9))
     assert caller.pager.namespace_blocks(ROOT) == 3

@@ -235,13 +235,14 @@ class Admission:
         cached = int((arrays.states[hits] == CACHED).sum())
         free = max(0, arrays.available() - cached - self._seqs.forks_to_come)
         spare = math.ceil(self._config.growth_margin * arrays.limit) if margin else 0
-        if need + spare > free:
-            return Deferred(seq, DeferReason.BLOCKS, need + spare, free)
+        # First what others cannot help with: whoever is told of blocks has others make way.
         room = space.room()
         wanted = need + int((arrays.refcounts[hits] == 0).sum())
         # A ceiling lowered below what a preempted sequence has must not keep it out for ever.
         if room is not None and wanted > room and space.used:
             return Deferred(seq, DeferReason.QUOTA, wanted, room)
+        if need + spare > free:
+            return Deferred(seq, DeferReason.BLOCKS, need + spare, free)
         return None
 
     def _refusal(

@@ -12,6 +12,8 @@ from pagedd_daemon.engine.work import Request, Sequence, TokenBuffer, WaitingQue
 
 _TOO_LARGE = (DeferReason.POOL, DeferReason.QUOTA)
 """What keeps a sequence out for itself, whatever room others leave."""
+_OTHERS_HELP = (DeferReason.BLOCKS, DeferReason.SEQUENCES)
+"""What keeps a sequence out until others leave."""
 _ROOM_TOKENS = 256
 """Generated tokens a buffer has room for from the start; it doubles when they are used up."""
 
@@ -57,8 +59,8 @@ class Entrance:
         walk = self._turns.walk(self._waiting, self._residents.preempted, ask=ask, pressed=pressed)
         while (candidate := walk.next()) is not None:
             refusal = self._try(candidate, now)
-            if refusal is not None and self._page_out_for(candidate, refusal, now):
-                refusal = None
+            if refusal is not None:
+                refusal = self._page_out_for(candidate, refusal, now)
             walk.answer(refusal)
         return True
 
@@ -67,15 +69,17 @@ class Entrance:
             return self._try_admit(candidate, now)
         return self._try_resume(candidate)
 
-    def _page_out_for(self, candidate: Candidate, refusal: Deferred, now: float) -> bool:
-        """Make room for somebody who must not wait for it; whether that let it in.
+    def _page_out_for(
+        self, candidate: Candidate, refusal: Deferred, now: float
+    ) -> Deferred | None:
+        """Make room for somebody who must not wait for it, and say what is in its way still.
 
         First those whose clients do not read. Then, while that helps, who yields to it.
         """
         if refusal.reason is DeferReason.PREFIX_IN_FLIGHT:
             self._page_out_paused(computing=True)
-        if refusal.reason not in (DeferReason.BLOCKS, DeferReason.SEQUENCES):
-            return False
+        if refusal.reason not in _OTHERS_HELP:
+            return refusal
         request = candidate if isinstance(candidate, Request) else candidate.request
         self._page_out_paused()
         running = [s for s in self._residents.sequences.values() if s.removable]
@@ -83,16 +87,18 @@ class Entrance:
         while True:
             self._residents.hear()
             if self._residents.pool.room_coming or self._room.somebody_leaves():
-                return False  # room may be on its way already
+                return refusal  # room may be on its way already
             victim = self._room.choose(groups)
             if victim is None:
-                return False
+                return refusal
             self._turns.paged_out(victim.request, request)
             self._room.page_out(victim)
             self._residents.hear()
             self.changed = True
-            if self._try(candidate, now) is None:
-                return True
+            after = self._try(candidate, now)
+            if after is None or after.reason not in _OTHERS_HELP:
+                return after
+            refusal = after
 
     def _try_resume(self, sequence: Sequence) -> Deferred | None:
         """Bring a sequence back, or say what is in its way.
