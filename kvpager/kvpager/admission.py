@@ -113,10 +113,12 @@ class Admission:
     def resume(self, event_seq: int, members: list[SequenceState], out: list[Instruction]) -> None:
         """Take in preempted sequences again: all of a group together, or none of them."""
         plans = [self._plan_resume(state) for state in members]
-        first = self._refusal_resume(members[0], plans[0], together=False)
-        if first is None and (self._seqs.runnable or members[0].whole):
+        first = None
+        if self._seqs.runnable or members[0].whole:
             # While others run, their blocks will come; then the whole group can come back at once.
             first = self._refusal_group(members, plans)
+        if first is None:
+            first = self._refusal_resume(members[0], plans[0], together=False)
         if first is not None:
             out.append(first)
             return
