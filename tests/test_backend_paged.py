@@ -358,6 +358,32 @@ def test_a_step_that_runs_out_of_memory_is_computed_in_pieces(model: Decoder) ->
             driver.check(seq, Plain(model).judge)
 
 
+def test_pieces_grow_again_when_there_is_memory(model: Decoder) -> None:
+    faulty, backend = faulty_backend(model)
+    with closing(backend):
+        faulty.most_tokens = 40
+        driver = Driver(backend)
+        driver.admit(1, prompt(23, 200))
+        driver.prefill(1)
+        faulty.most_tokens = 10**9
+        driver.generate([1], 260)
+        driver.admit(2, prompt(24, 300))
+        faulty.most_tokens = 299
+        with pytest.MonkeyPatch.context() as patch:
+            pieces: list[int] = []
+            inner = faulty.inner.forward
+
+            def forward(batch: StepBatch, kv: torch.Tensor) -> torch.Tensor:
+                pieces.append(batch.num_tokens)
+                return inner(batch, kv)
+
+            patch.setattr(faulty.inner, "forward", forward)
+            driver.prefill(2)
+        assert pieces == [256, 44]
+        for seq in (1, 2):
+            driver.check(seq, Plain(model).judge)
+
+
 def test_penalties_count_a_token_once_though_its_step_ran_out_of_memory(model: Decoder) -> None:
     faulty, backend = faulty_backend(model)
     with closing(backend):

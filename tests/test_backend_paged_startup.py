@@ -12,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import Tensor
 
+from pagedd_daemon.backends.base import ModelLoadError
 from pagedd_daemon.backends.paged.graphs import Graph
 from pagedd_daemon.backends.paged.layout import Buckets, StepShape, decode_buckets
+from pagedd_daemon.backends.paged.load import largest_that_fits
 from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.warmup import shapes_of, warm_up
 from pagedd_daemon.models.decoder import Decoder
@@ -130,3 +133,35 @@ def test_parts_of_a_start_are_timed_counted_and_told_in_their_order() -> None:
         "start_graphs_ms": 250,
         "start_graphs": 7,
     }
+
+
+def test_a_start_that_lacks_memory_makes_do_with_smaller_steps() -> None:
+    tried: list[int] = []
+
+    def prepare(tokens: int) -> str:
+        tried.append(tokens)
+        if tokens > 2048:
+            raise torch.OutOfMemoryError("too many")
+        if tokens > 1024:
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+        return f"steps of {tokens}"
+
+    assert largest_that_fits(prepare, 8192) == "steps of 1024"
+    assert tried == [8192, 4096, 2048, 1024]
+
+
+def test_a_start_without_memory_for_the_smallest_step_is_refused_with_the_figure() -> None:
+    def prepare(tokens: int) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(ModelLoadError, match="no memory for a step of 256 tokens") as refused:
+        largest_that_fits(prepare, 8192)
+    assert refused.value.details == {"tokens": 256}
+
+
+def test_another_error_at_the_start_is_not_taken_for_a_lack_of_memory() -> None:
+    def prepare(tokens: int) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        largest_that_fits(prepare, 8192)

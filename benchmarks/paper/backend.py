@@ -10,6 +10,7 @@ from benchmarks.paper.workload import VOCABULARY
 from kvpager.types import Adopt, Instruction, Load, PageName, Spill, Store
 from pagedd_daemon.backends.base import (
     Capabilities,
+    Elastic,
     Handle,
     MemoryReport,
     Step,
@@ -34,6 +35,9 @@ class TimingBackend:
     less favourable assumption; only writing finished pages back to RAM (`Store` of no sequence)
     overlaps with steps, one transfer after the other.
     """
+
+    elastic: Elastic | None = None
+    """See `Backend`."""
 
     def __init__(self, model: LatencyModel, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         """Time 0.

@@ -43,6 +43,8 @@ class Configure:
     """Where its file lies."""
     disk_persist: bool = False
     """Whether it outlives the engine (`pagedd_daemon.engine.tiers.store`)."""
+    vram_bytes: int = 0
+    """torch only: device memory that the engine may take, weights included; 0: what there is."""
     write_through: bool = True
     """Keep full blocks of live sequences in the RAM tier too, where the next engine finds them."""
     kv_dtype: str = "f16"

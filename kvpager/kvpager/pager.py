@@ -285,6 +285,11 @@ class Pager:
         """
         return self._victims.choose(candidates)
 
+    @property
+    def vacating(self) -> bool:
+        """Whether `Shrunk` has still to follow from a `Pressure`."""
+        return self._shrinking.waiting
+
     def excess(self) -> int:
         """Blocks that `Pressure` has taken away, and that can only be vacated if somebody gives
         way: preempt a victim, and ask again. 0 once it suffices to wait for steps and transfers."""

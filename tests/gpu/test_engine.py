@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.checks import config, texts_against_cpu
 from benchmarks.gpu.constrained import byte_grammars, matched, run_all, schema_requests
-from benchmarks.gpu.engine_loop import Loop
+from benchmarks.gpu.engine_loop import Loop, Request, prompts
 from benchmarks.gpu.returning import come_back
 from benchmarks.report import Report
 from pagedd_daemon.backends.paged.backend import PagedBackend
@@ -54,3 +54,19 @@ def test_a_start_says_what_its_parts_took_and_captures_every_bucket() -> None:
         assert [p.name for p in backend.load_report.parts] == ["compile", "run", "graphs", "pool"]
         counters = backend.counters()
         assert counters["start_graphs"] == counters["graphs"] > 0
+
+
+def test_a_step_without_memory_costs_nobody_a_token() -> None:
+    """Steps in pieces, a smaller pool, fewer requests at a time: whatever it takes."""
+    with closing(small(kv_tokens=1 << 20, ram_bytes=1 << 28)) as backend:
+        loop = Loop(backend)
+        requests = [Request(text, 30) for text in prompts(8, 3000, config().vocab_size, 11)]
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] - (16 << 20)
+        others = torch.empty(free, dtype=torch.uint8, device="cuda")
+        for request in requests:
+            loop.submit(request, logprobs=5)
+        loop.run()
+        loop.engine.validate()
+        del others
+    assert [len(request.tokens) for request in requests] == [30] * 8

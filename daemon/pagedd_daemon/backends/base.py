@@ -175,6 +175,37 @@ class StepFaultError(Exception):
     """A step could not be computed; nothing of it may be used. The engine fails its requests."""
 
 
+class DeviceMemoryError(StepFaultError):
+    """The device had no memory for a step, even in the smallest pieces. Nothing has changed, and
+    the same sequences may be tried again: fewer at a time, or with less memory for the pool."""
+
+
+class Elastic(Protocol):
+    """A first tier in the memory of a device that others use too: it can give some back."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the device."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Bytes of the device that nobody has. May be called from any thread."""
+        ...
+
+    @property
+    def there(self) -> int:
+        """Blocks there is memory for now: more than the pager was told of until `Shrunk`."""
+        ...
+
+    def grow(self, blocks: int) -> int:
+        """Have memory for ``blocks``, before the pager is told that it may grow.
+
+        Returns:
+            Blocks there is memory for now: fewer where others use the device's memory.
+        """
+        ...
+
+
 class Handle(Protocol):
     """A step in flight; opaque."""
 
@@ -185,6 +216,11 @@ class Backend(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """Fixed once the model is loaded."""
+        ...
+
+    @property
+    def elastic(self) -> Elastic | None:
+        """Its first tier, if that can change its size while it is used."""
         ...
 
     def apply(self, instructions: Iterable[Instruction]) -> None:
@@ -202,6 +238,9 @@ class Backend(Protocol):
 
         A sampler of a second step has not yet accepted the token that the first draws for it: its
         penalties and its random number are those of one token later.
+
+        Raises:
+            DeviceMemoryError: There is not enough memory for it.
         """
         ...
 

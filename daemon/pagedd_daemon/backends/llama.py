@@ -37,6 +37,7 @@ from kvpager.types import (
 from pagedd_daemon.backends import llama_api as api
 from pagedd_daemon.backends.base import (
     Capabilities,
+    Elastic,
     Handle,
     MemoryReport,
     ModelLoadError,
@@ -92,6 +93,9 @@ class _Repeated:
 
 class LlamaBackend:
     """See the module. Implements `pagedd_daemon.backends.base.Backend`."""
+
+    elastic: Elastic | None = None
+    """See `Backend`."""
 
     def __init__(
         self,

@@ -37,7 +37,9 @@ from kvpager.types import (
 from pagedd_daemon.backends.base import (
     PENDING,
     Capabilities,
+    DeviceMemoryError,
     Draw,
+    Elastic,
     Handle,
     MemoryReport,
     ModelLoadError,
@@ -88,6 +90,8 @@ class Faults:
     """Sequences whose logits are NaN."""
     hang_at_step: int = -1
     """The step that never ends."""
+    most_runs: int = 0
+    """Runs of a step that there is memory for; 0: any number."""
     delay_polls: int = 0
     """Calls of ``poll_transfers`` that a transfer outlasts."""
 
@@ -129,6 +133,7 @@ class SimulatedBackend:
         ram_fd: int = -1,
         disk: Disk | None = None,
         faults: Faults | None = None,
+        elastic: Elastic | None = None,
         verify: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         wait: Callable[[float], None] = wait_until,
@@ -144,6 +149,7 @@ class SimulatedBackend:
             ram_fd: The memory file of the RAM tier; -1: one of its own.
             disk: The disk tier; its ``slots`` are those of ``capabilities``.
             faults: What goes wrong.
+            elastic: The device whose memory the pool is in.
             verify: Check every cell of every block table at every step (slow).
             clock: Seconds, monotonic.
             wait: Returns when ``clock()`` has reached its argument.
@@ -151,6 +157,8 @@ class SimulatedBackend:
         self._caps = capabilities
         self._step_s, self._token_s, self._page_s = step_s, token_s, page_s
         self.faults = faults or Faults()
+        self.elastic = elastic
+        """See `Backend`."""
         self._clock, self._wait = clock, wait
         shape = (capabilities.gpu_blocks, capabilities.block_tokens)
         self._cells = np.full(shape, POISON, np.uint64)
@@ -364,6 +372,8 @@ class SimulatedBackend:
 
     def launch(self, step: Step) -> _Handle:
         """See `Backend`."""
+        if 0 < self.faults.most_runs < len(step.runs):
+            raise DeviceMemoryError(f"no memory for a step of {len(step.runs)} runs")
         begin = max(self._clock(), self._busy_until)
         number, self._steps = self._steps, self._steps + 1
         seconds = self._step_s + self._token_s * sum(len(run.tokens) for run in step.runs)

@@ -15,6 +15,7 @@ from pagedd_daemon.backends.base import ModelLoadError
 from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.loop import Disconnected, FrontLink, run
+from pagedd_daemon.engine.vram import Watch
 
 log = logging.getLogger("pagedd.engine")
 
@@ -48,10 +49,15 @@ def serve(link: FrontLink) -> int:
         )
     )
     grammars = Grammars(configure, caps)
+    vram: Watch | None = None
     try:
         engine = Engine(backend, time.monotonic, grammars, write_through=configure.write_through)
-        run(engine, link, first)
+        if backend.elastic is not None:
+            vram = Watch(caps, backend.elastic, lambda: engine.blocks)
+        run(engine, link, first, vram)
     finally:
+        if vram is not None:
+            vram.close()
         grammars.close()
         backend.close()
     return 0

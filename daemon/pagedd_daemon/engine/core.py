@@ -18,7 +18,15 @@ import numpy as np
 
 from kvpager.types import PriorityClass, SetQuota
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends.base import Backend, Handle, Run, Step, StepFaultError, StepResult
+from pagedd_daemon.backends.base import (
+    Backend,
+    DeviceMemoryError,
+    Handle,
+    Run,
+    Step,
+    StepFaultError,
+    StepResult,
+)
 from pagedd_daemon.engine.branches import search_for
 from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.grammar import Grammars
@@ -57,7 +65,7 @@ class Engine:
         self._clock = clock
         self._caps = backend.capabilities
         self._pool = Pool(backend, write_through=write_through)
-        self._scheduler = Scheduler(self._pool, self._caps)
+        self._scheduler = Scheduler(self._pool, self._caps, backend.elastic)
         self._requests: dict[int, Request] = {}
         self._live: Counter[str] = Counter()
         """Requests by app."""
@@ -115,6 +123,18 @@ class Engine:
     def steps(self) -> int:
         """Steps planned since start."""
         return self._steps
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the first tier may use now; may be asked from any thread."""
+        return self._scheduler.blocks
+
+    def resize(self, blocks: int) -> None:
+        """Give the first tier so many blocks, or as many more as its device has memory for."""
+        elastic = self._backend.elastic
+        if elastic is not None and blocks > self.blocks:
+            blocks = max(self.blocks, min(blocks, elastic.grow(blocks)))
+        self._scheduler.resize(blocks)
 
     @property
     def transfers_in_flight(self) -> int:
@@ -193,7 +213,7 @@ class Engine:
                 self._flights.append((step, self._backend.launch(step)))
             except StepFaultError as fault:
                 self._drain(say)
-                self._fail(step, str(fault))
+                self._fail(step, fault)
         if self._flights and (step is None or len(self._flights) == self._depth):
             self._collect(say)
             self._scheduler.settle()
@@ -218,7 +238,7 @@ class Engine:
                 result = self._backend.collect(self._backend.launch(step))
             except StepFaultError as fault:
                 self._keep(sequences, done, known)
-                self._fail(step, str(fault))
+                self._fail(step, fault)
                 return
             row = [one for _, one in result.drawn]
             over = self._note(sequences, row)
@@ -287,7 +307,7 @@ class Engine:
         try:
             result = self._backend.collect(handle)
         except StepFaultError as fault:
-            self._fail(step, str(fault))
+            self._fail(step, fault)
         else:
             self._retire(step, result, say)
 
@@ -389,11 +409,15 @@ class Engine:
         elif len(sequence.tokens) >= self._caps.context_tokens:
             self._end_sample(request, sequence.index, "context")
 
-    def _fail(self, step: Step, why: str) -> None:
-        """A step was refused: its requests end, everybody else goes on."""
-        for sequence in self._scheduler.fail(step):
+    def _fail(self, step: Step, fault: StepFaultError) -> None:
+        """A step was refused. For want of memory, somebody gives way and it is tried again; else
+        its requests end, and everybody else goes on."""
+        failed = self._scheduler.fail(step)
+        if isinstance(fault, DeviceMemoryError) and self._scheduler.relieve(failed, self._clock()):
+            return
+        for sequence in failed:
             if sequence.request.rid in self._requests:
-                self._reject(sequence.request, "E_ENGINE", f"a step failed: {why}", {})
+                self._reject(sequence.request, "E_ENGINE", f"a step failed: {fault}", {})
 
     # ------------------------------------------------------------------------------------ requests
 

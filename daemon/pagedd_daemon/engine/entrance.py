@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvpager.types import Admit, DeferReason, Deferred, Denied, Resume, Tokens
 from pagedd_daemon.backends.base import Capabilities
+from pagedd_daemon.engine.relief import Relief
 from pagedd_daemon.engine.residents import Residents
 from pagedd_daemon.engine.room import Room
 from pagedd_daemon.engine.sampler import Sampler
@@ -28,12 +29,14 @@ class Entrance:
         room: Room,
         turns: Turns,
         capabilities: Capabilities,
+        relief: Relief,
     ) -> None:
         self._waiting = waiting
         self._residents = residents
         self._room = room
         self._turns = turns
         self._caps = capabilities
+        self._relief = relief
         self.changed = True
         """Whether something has happened since the queue was last asked."""
         self.started: list[Request] = []
@@ -65,13 +68,15 @@ class Entrance:
         return True
 
     def _try(self, candidate: Candidate, now: float) -> Deferred | None:
+        request = candidate if isinstance(candidate, Request) else candidate.request
+        if self._relief.full(request, now):
+            self.changed = True  # nothing says when there is memory for more
+            return Deferred(0, DeferReason.SEQUENCES, 1, 0)
         if isinstance(candidate, Request):
             return self._try_admit(candidate, now)
         return self._try_resume(candidate)
 
-    def _page_out_for(
-        self, candidate: Candidate, refusal: Deferred, now: float
-    ) -> Deferred | None:
+    def _page_out_for(self, candidate: Candidate, refusal: Deferred, now: float) -> Deferred | None:
         """Make room for somebody who must not wait for it, and say what is in its way still.
 
         First those whose clients do not read. Then, while that helps, who yields to it.

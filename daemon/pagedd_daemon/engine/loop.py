@@ -12,6 +12,7 @@ import time
 
 from pagedd_daemon import messages as m
 from pagedd_daemon.engine.core import Engine
+from pagedd_daemon.engine.vram import Watch
 from pagedd_daemon.link import FrameReader, LinkError, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,19 @@ class FrontLink:
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
 
+    def wake_for(self, other: Watch) -> None:
+        """`receive` and `waiting` look for ``other``, too."""
+        self._poller.register(other, select.POLLIN)
+
     def receive(self, timeout_s: float | None) -> list[m.ToEngine]:
-        """Messages that are there, waiting for the first at most ``timeout_s`` (None: for ever).
+        """Messages that are there, waiting for the first at most ``timeout_s`` (None: for ever), or
+        for whoever else is looked for.
 
         Raises:
             Disconnected: The front closed its end or died.
         """
-        if not self._poller.poll(None if timeout_s is None else timeout_s * 1e3):
+        ready = self._poller.poll(None if timeout_s is None else timeout_s * 1e3)
+        if all(descriptor != self._sock.fileno() for descriptor, _ in ready):
             return []
         try:
             data = self._sock.recv(_RECEIVE_BYTES)
@@ -60,7 +67,7 @@ class FrontLink:
         return [self._ours(unpack(body)) for body in self._reader.feed(data)]
 
     def waiting(self) -> bool:
-        """Whether something can be received, be it the end of the link."""
+        """Whether there is something to do beside steps, be it the end of the link."""
         return bool(self._poller.poll(0))
 
     @staticmethod
@@ -92,11 +99,19 @@ class FrontLink:
         threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
+def run(
+    engine: Engine, link: FrontLink, first: list[m.ToEngine], vram: Watch | None = None
+) -> None:
     """Serve until `Shutdown` or until the front is gone.
 
-    ``first`` are messages that came while the model was being loaded.
+    Args:
+        engine: What serves.
+        link: To the front.
+        first: Messages that came while the model was being loaded.
+        vram: Says what size the pool shall have.
     """
+    if vram is not None:
+        link.wake_for(vram)
     gc.collect()
     gc.freeze()  # 65k objects: a full collection takes 4 ms, none after this
     # A step makes and drops some hundred containers, none in cycles: the default of 700 would have
@@ -113,9 +128,12 @@ def run(engine: Engine, link: FrontLink, first: list[m.ToEngine]) -> None:
                 link.send(engine.snapshot())
             else:
                 engine.handle(message)
+        size = None if vram is None else vram.wanted()
+        if size is not None:
+            engine.resize(size)
         stepped = engine.step(link.send, link.waiting)
         idle = not engine.has_work
-        snapshots.push(idle)
+        snapshots.push(idle, changed=size is not None)
         if idle:
             timeout = None
         elif stepped:
@@ -134,7 +152,8 @@ def _save(engine: Engine) -> None:
 
 
 class _Snapshots:
-    """Pushes the figures every `SNAPSHOT_S` while steps run, and once when they end."""
+    """Pushes the figures every `SNAPSHOT_S` while steps run, once when they end, and when the pool
+    has another size."""
 
     def __init__(self, engine: Engine, link: FrontLink) -> None:
         self._engine = engine
@@ -142,9 +161,9 @@ class _Snapshots:
         self._next = 0.0
         self._idle = False
 
-    def push(self, idle: bool) -> None:
+    def push(self, idle: bool, *, changed: bool) -> None:
         now = time.monotonic()
-        if now >= self._next if not idle else not self._idle:
+        if changed or (now >= self._next if not idle else not self._idle):
             self._next = now + SNAPSHOT_S
             self._link.send(self._engine.snapshot())
         self._idle = idle

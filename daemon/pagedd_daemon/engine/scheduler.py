@@ -28,11 +28,20 @@ from kvpager.types import (
     Tokens,
     Truncate,
 )
-from pagedd_daemon.backends.base import PENDING, SCORED_ROWS, Capabilities, Draw, Run, Step
+from pagedd_daemon.backends.base import (
+    PENDING,
+    SCORED_ROWS,
+    Capabilities,
+    Draw,
+    Elastic,
+    Run,
+    Step,
+)
 from pagedd_daemon.engine.branches import Branches
 from pagedd_daemon.engine.entrance import Entrance, token_buffer
 from pagedd_daemon.engine.pace import Pace
 from pagedd_daemon.engine.pool import Pool
+from pagedd_daemon.engine.relief import Relief
 from pagedd_daemon.engine.residents import Residents
 from pagedd_daemon.engine.room import Room
 from pagedd_daemon.engine.scoring import follows
@@ -55,7 +64,9 @@ _NOT_DRAWN.flags.writeable = False
 class Scheduler:
     """Queues, running sequences and the plan of each step. Owns nothing of the model's maths."""
 
-    def __init__(self, pool: Pool, capabilities: Capabilities) -> None:
+    def __init__(
+        self, pool: Pool, capabilities: Capabilities, elastic: Elastic | None = None
+    ) -> None:
         self._pool = pool
         self._caps = capabilities
         self._waiting = WaitingQueue()
@@ -63,9 +74,12 @@ class Scheduler:
         """Whose turn it is, wherever more ask than there is room for."""
         self._residents = Residents(pool)
         self._room = Room(self._residents, self.turns)
+        self._relief = Relief(self._residents, self._room, self.turns, capabilities, elastic)
         self._entrance = Entrance(
-            self._waiting, self._residents, self._room, self.turns, capabilities
+            self._waiting, self._residents, self._room, self.turns, capabilities, self._relief
         )
+        self.blocks = capabilities.gpu_blocks
+        """Blocks that the first tier may use now."""
         self.branches = Branches(self, self._room)
         """The beams."""
         self._epoch = 0
@@ -100,6 +114,20 @@ class Scheduler:
         self.wake()
         self._residents.tell(Pressure(gpu_blocks))
         self._room.shrunk = gpu_blocks < self._caps.gpu_blocks
+        self.blocks = gpu_blocks
+
+    def relieve(self, failed: list[Sequence], now: float) -> bool:
+        """The device had no memory for a step of ``failed``, which stand where they stood before:
+        have more memory or fewer sequences when they are tried again.
+
+        Returns:
+            Whether there was anything to give up.
+        """
+        fewer = self._relief.smaller(self.blocks, now)
+        if fewer < self.blocks:
+            self.resize(fewer)
+            return True
+        return self._relief.thin_out(failed, now)
 
     def withdraw(self, request: Request) -> bool:
         """Take a request off the queue; False if it is not waiting."""
@@ -195,6 +223,8 @@ class Scheduler:
         decodes = self.turns.survey(self._waiting, self._residents.sequences.values(), now)
         if self._room.shrunk:
             self._room.give_way()
+            if self._pool.pager.vacating and self._pool.transfers_in_flight and not self._flights:
+                return None  # the next step may need the memory that they give back
             decodes = [s for s in decodes if s.runs]
         pace = self.turns.pace()
         decodes = self.turns.decoding(decodes, pace, self.cost.decodes_within(pace.decode_s))

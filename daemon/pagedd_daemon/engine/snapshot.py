@@ -95,8 +95,16 @@ def snapshot(
         },
         "memory": asdict(memory),
         "backend": backend.counters(),
-        "troubles": backend.troubles(),
+        "troubles": [*backend.troubles(), *_small_pool(backend, scheduler)],
     }
+
+
+def _small_pool(backend: Backend, scheduler: Scheduler) -> list[str]:
+    caps = backend.capabilities
+    if scheduler.blocks >= caps.gpu_blocks:
+        return []
+    now, most = (blocks * caps.block_tokens for blocks in (scheduler.blocks, caps.gpu_blocks))
+    return [f"The pool has {now:,} of {most:,} tokens: other programs use the GPU's memory."]
 
 
 def _tier(usage: TierUsage) -> dict[str, int]:

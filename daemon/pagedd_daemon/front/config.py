@@ -57,6 +57,9 @@ class Settings:
     ram_bytes: int = field(default_factory=quarter_of_memory)
     """Bytes the RAM tier of KV may take. A quarter of the memory by default: the desktop, the
     weights and the page cache that holds them need the rest."""
+    vram_bytes: int = 0
+    """Bytes of GPU memory that a model, its KV and its steps may take; 0: nine tenths of what is
+    free when it is loaded."""
     disk_bytes: int = 0
     """Bytes of the disk tier's file; 0: there is none. They are allocated when a model is loaded,
     so nobody's disk is filled unasked."""
@@ -109,6 +112,7 @@ class Settings:
         for name in (
             "kv_tokens",
             "ram_bytes",
+            "vram_bytes",
             "disk_bytes",
             "threads",
             "context_tokens",

@@ -134,6 +134,13 @@ class ServeSettings(Table):
     ] = None
     """RAM for KV that is paged out or cached; no more than the machine has. It is taken as it is
     needed, outlives an engine that dies, and is given back when the model is unloaded."""
+    vram_gb: Annotated[
+        Annotated[float, Field(ge=0)],
+        About("GB", "next load", "number, 0 or more", "nine tenths of what is free"),
+    ] = 0.0
+    """GPU memory for the model, its KV and what steps take, at most. The pool is smaller while
+    other programs want that memory, and grows back. 0: nine tenths of what is free when the model
+    is loaded."""
     threads: Annotated[_Count, About("threads", "next load", default="the physical cores")] = 0
     """Threads that compute where no GPU does. 0: the physical cores."""
     context: Annotated[_Count, About("tokens", "next load", default="the model's")] = 0
@@ -152,6 +159,7 @@ class ServeSettings(Table):
             "backend": self.backend,
             "kv_tokens": self.kv_tokens,
             "ram_bytes": quarter_of_memory() if self.ram_gb is None else int(self.ram_gb * 10**9),
+            "vram_bytes": int(self.vram_gb * 10**9),
             "threads": self.threads,
             "context_tokens": self.context,
             "keep_alive_s": self.keep_alive,
@@ -191,6 +199,7 @@ class DiskSettings(Table):
 
 FIELDS: Mapping[str, str] = {
     "ram_gb": "ram_bytes",
+    "vram_gb": "vram_bytes",
     "context": "context_tokens",
     "keep_alive": "keep_alive_s",
     "drain": "drain_s",

@@ -138,6 +138,7 @@ class ModelSource:
             context_tokens=settings.context_tokens,
             kv_tokens=settings.kv_tokens,
             ram_bytes=settings.ram_bytes,
+            vram_bytes=settings.vram_bytes,
             disk_persist=settings.disk_persist,
             disk_bytes=settings.disk_bytes,
             disk_folder=str(disk_place(settings.disk_folder, settings.disk_persist)),

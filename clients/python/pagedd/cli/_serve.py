@@ -69,6 +69,13 @@ _COUNT = click.IntRange(min=0)
     type=click.FloatRange(min=0),
     help="RAM for KV that is swapped out or cached. [default: a quarter]",
 )
+@click.option(
+    "--vram-gb",
+    type=click.FloatRange(min=0),
+    envvar="PAGEDD_MAX_VRAM",
+    default=0.0,
+    help="GPU memory for model and KV. [default: nine tenths of what is free]",
+)
 @click.option("--threads", type=_COUNT, default=0, help="[default: the physical cores]")
 @click.option("--context", type=_COUNT, default=0, help="Longest sequence. [default: the model's]")
 @click.option(
@@ -103,6 +110,7 @@ def serve(
     socket_dir: Path | None,
     config: Path | None,
     ram_gb: float | None,
+    vram_gb: float,
     context: int,
     keep_alive: float,
     drain: float,
@@ -118,7 +126,7 @@ def serve(
     daemon = daemon_modules()
     path = config or default_config_file()
     options = {"model": model, "ram_gb": ram_gb, "context": context, **others}
-    options |= {"keep_alive": keep_alive, "drain": drain}
+    options |= {"keep_alive": keep_alive, "drain": drain, "vram_gb": int(vram_gb * 10**9)}
     if ram_gb is not None:
         options["ram_gb"] = int(ram_gb * 10**9)
     given = {

@@ -70,6 +70,11 @@ class Arena(Protocol):
         """Bytes of device memory it holds."""
         ...
 
+    @property
+    def elastic(self) -> bool:
+        """Whether `resize` changes anything."""
+        ...
+
     def resize(self, blocks: int) -> int:
         """Have room for ``blocks``, and for as few more as may be.
 
@@ -112,6 +117,11 @@ class PlainArena:
     def bytes(self) -> int:
         """See `Arena`."""
         return self.kv.nbytes
+
+    @property
+    def elastic(self) -> bool:
+        """See `Arena`."""
+        return False
 
     def resize(self, blocks: int) -> int:
         """See `Arena`; always the same size."""
@@ -170,6 +180,11 @@ class VirtualArena:
     def bytes(self) -> int:
         """See `Arena`."""
         return len(self._handles) * self._segment
+
+    @property
+    def elastic(self) -> bool:
+        """See `Arena`."""
+        return True
 
     def resize(self, blocks: int) -> int:
         """See `Arena`."""

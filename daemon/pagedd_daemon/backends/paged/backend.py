@@ -29,18 +29,21 @@ from kvpager.types import (
     Tier,
 )
 from pagedd_daemon.backends.base import (
+    PENDING,
     Capabilities,
+    DeviceMemoryError,
     Draw,
+    Elastic,
     Handle,
     MemoryReport,
     Run,
     Step,
-    StepFaultError,
     StepResult,
     TransferResult,
 )
 from pagedd_daemon.backends.paged.arena import PADDING_BLOCKS, Arena
 from pagedd_daemon.backends.paged.caches import CompileCounter
+from pagedd_daemon.backends.paged.device_memory import free_bytes, ran_out, total_bytes
 from pagedd_daemon.backends.paged.layout import Buckets, Layout, StepShape, layout
 from pagedd_daemon.backends.paged.prompts import PromptScores, joined, score_prompts
 from pagedd_daemon.backends.paged.runner import Model, Runner
@@ -58,8 +61,13 @@ log = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2
 LEAST_PIECE_TOKENS = 256
-"""A step that runs out of memory is computed in pieces, of no fewer tokens than these: as many as
-there may be sequences, so that the tokens named as `PENDING` are all in the first piece."""
+"""A step that runs out of memory is computed in pieces, of no fewer tokens than these where any is
+`PENDING`: as many as there may be sequences, so that all of those are in the first piece."""
+_LEAST_KNOWN_TOKENS = 16
+"""The same where all tokens are known."""
+_STEPS_IN_PIECES = 50
+"""After so many steps in pieces, pieces twice as large are tried: who took the memory may be gone.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,8 @@ class PagedBackend:
         self._begun: torch.cuda.Event | None = None
         self._weight_bytes = model.weight_bytes
         self._piece_tokens = caps.max_step_tokens
+        self._in_pieces = 0
+        """Steps since that was changed."""
         self._closed = False
 
     def _make_results(self) -> _Results:
@@ -170,6 +180,8 @@ class PagedBackend:
                     self._copy_blocks(copies)
                     self._transfers.wait_fence()
                     self._arena.resize(blocks)
+                    if self._arena.elastic:  # there is more room beside it
+                        self._piece_tokens = self._caps.max_step_tokens
                 case _:
                     pass
         self._copy_blocks(copies)
@@ -183,15 +195,30 @@ class PagedBackend:
             copies.clear()
             self._transfers.fence()
 
-    def grow(self, blocks: int) -> int:
-        """Have memory for ``blocks`` of the pool, before the pager is told that it may grow.
+    @property
+    def elastic(self) -> Elastic | None:
+        """See `Backend`."""
+        return self if self._arena.elastic else None
 
-        Returns:
-            Blocks there is memory for now: fewer where others use the device's memory.
-        """
-        there = self._arena.resize(max(blocks, self._arena.blocks))
+    @property
+    def total_bytes(self) -> int:
+        """See `Elastic`."""
+        return total_bytes(self._model.device)
+
+    def free_bytes(self) -> int:
+        """See `Elastic`."""
+        return free_bytes(self._model.device)
+
+    @property
+    def there(self) -> int:
+        """See `Elastic`."""
+        return min(self._arena.blocks, self._caps.gpu_blocks)
+
+    def grow(self, blocks: int) -> int:
+        """See `Elastic`."""
+        self._arena.resize(max(blocks, self._arena.blocks))
         self._transfers.fence()
-        return min(there, self._caps.gpu_blocks)
+        return self.there
 
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""
@@ -300,25 +327,41 @@ class PagedBackend:
         """Compute the runs, in smaller pieces where memory runs out.
 
         Raises:
-            StepFaultError: It runs out with the smallest piece, too.
+            DeviceMemoryError: It runs out with the smallest piece, too.
         """
         rest = runs
+        least = 0
         while rest:
-            piece, left = cut(rest, self._piece_tokens)
+            if self._piece_tokens < LEAST_PIECE_TOKENS and not least:
+                least = _least_piece(runs)
+            piece, left = cut(rest, max(self._piece_tokens, least))
             try:
                 self._compute_piece(piece, draws, scored, prompts)
-            except torch.OutOfMemoryError as error:
-                self._retreat(error)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                self._retreat(error, _least_piece(runs), draws)
             else:
                 rest = left
+        if self._piece_tokens < self._caps.max_step_tokens:
+            self._advance()
 
-    def _retreat(self, error: torch.OutOfMemoryError) -> None:
-        """Compute smaller pieces from now on."""
-        if self._piece_tokens <= LEAST_PIECE_TOKENS:
-            raise StepFaultError(f"the device is out of memory: {error}") from error
-        self._piece_tokens = max(self._piece_tokens // 2, LEAST_PIECE_TOKENS)
-        log.warning("out of memory: steps in pieces of %d tokens", self._piece_tokens)
+    def _advance(self) -> None:
+        """One more step has been computed, in pieces if need be."""
+        self._in_pieces += 1
+        if self._in_pieces == _STEPS_IN_PIECES:
+            self._in_pieces = 0
+            self._piece_tokens = min(2 * self._piece_tokens, self._caps.max_step_tokens)
+
+    def _retreat(self, error: RuntimeError, least: int, draws: Sequence[Draw]) -> None:
+        """Compute smaller pieces from now on; ``draws`` are those of the pieces before."""
         torch.cuda.empty_cache()
+        if self._piece_tokens <= least:
+            self._counts.forget(draw.sampler for draw in draws)
+            raise DeviceMemoryError(f"the device is out of memory: {error}") from error
+        self._piece_tokens = max(self._piece_tokens // 2, least)
+        self._in_pieces = 0
+        log.warning("out of memory: steps in pieces of %d tokens", self._piece_tokens)
 
     def _compute_piece(
         self,
@@ -352,7 +395,7 @@ class PagedBackend:
             if not wanted:
                 return
             sampled = self._draw(logits, wanted, staged)
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             if staged.counts is not None:
                 self._counts.undo(wanted)
             raise
@@ -393,6 +436,12 @@ class PagedBackend:
         if sampled.top_tokens is not None and sampled.top_logprobs is not None:
             tops = send(sampled.top_tokens), send(sampled.top_logprobs)
         return _Scored(first, send(sampled.logprobs), tops)
+
+
+def _least_piece(runs: Sequence[Run]) -> int:
+    """Tokens of the smallest piece of a step."""
+    ahead = any(run.tokens[0] == PENDING for run in runs)
+    return LEAST_PIECE_TOKENS if ahead else _LEAST_KNOWN_TOKENS
 
 
 def cut(runs: Sequence[Run], tokens: int) -> tuple[Sequence[Run], Sequence[Run]]:

@@ -1,4 +1,4 @@
-"""Device memory that torch shall see and not own."""
+"""Device memory: how much there is, that there was none, and some that torch shall not own."""
 
 from __future__ import annotations
 
@@ -25,3 +25,32 @@ def borrowed(tensor: Tensor) -> Tensor:
     assert tensor.is_contiguous()
     raw = torch.as_tensor(DeviceRange(tensor.data_ptr(), tensor.nbytes), device=tensor.device)
     return raw.view(tensor.dtype).view(tensor.shape)
+
+
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""What libraries say that allocate by themselves: the driver, Triton, cuBLAS."""
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an error means that the device has no memory, whoever asked for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in _NO_MEMORY)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that nobody has: of a CUDA device as the driver sees it, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes of the CUDA device, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total

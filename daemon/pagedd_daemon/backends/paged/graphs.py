@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,7 +46,12 @@ class CudaCapturer:
         graph = torch.cuda.CUDAGraph()
         # Other threads copy and page-lock meanwhile, which does not concern this capture.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        logits = compute()
+        try:
+            logits = compute()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # that nothing whole was captured
+                graph.capture_end()
+            raise
         graph.capture_end()
         # Logits of all buckets would be more than a gigabyte. Their memory is the pool's, and the
         # next graph may have it: whoever draws from them does so before that one runs.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ from pagedd_daemon.backends.paged.arena import (
 )
 from pagedd_daemon.backends.paged.backend import LEAST_PIECE_TOKENS, PagedBackend
 from pagedd_daemon.backends.paged.caches import CompileCounter, use_cache_folder
+from pagedd_daemon.backends.paged.device_memory import free_bytes, ran_out
 from pagedd_daemon.backends.paged.graphs import CudaCapturer
 from pagedd_daemon.backends.paged.layout import (
     MIXED_BUCKETS,
@@ -46,6 +48,8 @@ from pagedd_daemon.models.errors import ModelError
 from pagedd_daemon.models.model import read_model
 
 log = logging.getLogger(__name__)
+
+_Made = TypeVar("_Made")
 
 BLOCK_TOKENS = 16
 CUDA_STEP_TOKENS = 8192
@@ -73,6 +77,8 @@ class Wishes:
     ram_bytes: int = 0
     ram_fd: int = -1
     """The memory file of the RAM tier; -1: one of its own."""
+    vram_bytes: int = 0
+    """CUDA only: device memory for weights, steps and pool; 0: what there is."""
     disk: DiskWishes = field(default_factory=DiskWishes)
     context_tokens: int = 0
     """0: the model's."""
@@ -107,6 +113,7 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
         kv_tokens=configure.kv_tokens,
         ram_bytes=configure.ram_bytes,
         ram_fd=configure.ram_fd,
+        vram_bytes=configure.vram_bytes,
         disk=DiskWishes.of(configure),
         context_tokens=configure.context_tokens,
         model_digest=configure.model_digest,
@@ -121,7 +128,9 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
                 {"tokenizer": configure.vocab_size, "model": config.vocab_size},
             )
         context = configure.context_tokens or config.context_tokens
-        free = _free_bytes(device)
+        free = free_bytes(device)
+        if cuda and configure.vram_bytes:
+            free = min(free, configure.vram_bytes)
         fits(
             config,
             dtype_bytes=dtype.itemsize,
@@ -136,7 +145,9 @@ def load(configure: Configure, progress: Callable[[float], None]) -> PagedBacken
             part.count = len(model.layers)
     except ModelError as error:
         raise ModelLoadError(error.message, dict(error.details)) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise ModelLoadError(f"{path}: the device is out of memory: {error}") from error
     return serve(model, wishes, report)
 
@@ -179,14 +190,11 @@ def serve(model: Model, wishes: Wishes, report: LoadReport | None = None) -> Pag
     runner = Runner(model, arena.kv, limits, CudaCapturer() if cuda else None)
     buckets = None
     if counter is not None:
-        limits = runner.limits = replace(limits, step_tokens=_rehearse(runner, step_tokens))
-        buckets = _buckets(limits.step_tokens)
-        warm_up(runner, arena.kv, buckets, report, counter)
+        buckets = _get_ready(runner, arena.kv, report, counter)
         counter.reset()
         with report.part("pool") as part:
-            wanted = wishes.kv_tokens // BLOCK_TOKENS or _cuda_blocks(device, shape, arena)
-            part.count = arena.resize(wanted)
-    caps = _capabilities(model, wishes, shape, arena.blocks, limits.step_tokens)
+            part.count = arena.resize(_cuda_blocks(device, shape, arena, wishes))
+    caps = _capabilities(model, wishes, shape, arena.blocks, runner.limits.step_tokens)
     page_values = shape.block_bytes // shape.dtype.itemsize
     binding = bind(caps.name, caps.model_digest, caps.kv_dtype, *shape.tensor_shape(1))
     store = RamStore(wishes.ram_fd, wishes.ram_bytes, binding, caps.ram_blocks)
@@ -239,31 +247,52 @@ def _capabilities(
 _KV_NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def _rehearse(runner: Runner, tokens: int) -> int:
-    """Compute the largest step once; a smaller one where it does not fit. Returns its tokens."""
-    while not _fits(runner, tokens):
-        if tokens <= LEAST_PIECE_TOKENS:
-            raise ModelLoadError(
-                f"the device has no memory for a step of {tokens} tokens", {"tokens": tokens}
-            )
-        tokens //= 2
-        torch.cuda.empty_cache()
-    return tokens
+def _get_ready(
+    runner: Runner, kv: torch.Tensor, report: LoadReport, compiled: CompileCounter
+) -> Buckets:
+    """Compute the largest step once, then warm up, with smaller steps where memory does not suffice
+    for either; `Runner.limits` says then which. Returns the shapes that were captured."""
 
-
-def _fits(runner: Runner, tokens: int) -> bool:
-    sequences = min(tokens, runner.limits.sequences)
-    try:
+    def once(tokens: int) -> int:
+        sequences = min(tokens, runner.limits.sequences)
         runner.rehearse(StepShape(tokens, sequences, sequences, False))
-    except torch.OutOfMemoryError:
-        return False
-    return True
+        return tokens
+
+    def warm(tokens: int) -> Buckets:
+        runner.forget()
+        runner.limits = replace(runner.limits, step_tokens=tokens)
+        buckets = _buckets(tokens)
+        warm_up(runner, kv, buckets, report, compiled)
+        return buckets
+
+    return largest_that_fits(warm, largest_that_fits(once, runner.limits.step_tokens))
+
+
+def largest_that_fits(prepare: Callable[[int], _Made], tokens: int) -> _Made:
+    """What ``prepare`` makes for steps of ``tokens``, or of half as many while the device has no
+    memory for that.
+
+    Raises:
+        ModelLoadError: It has none for the smallest steps.
+    """
+    while True:
+        try:
+            return prepare(tokens)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            if tokens <= LEAST_PIECE_TOKENS:
+                why = f"the device has no memory for a step of {tokens} tokens: {error}"
+                raise ModelLoadError(why, {"tokens": tokens}) from error
+        tokens //= 2
+        log.warning("no memory to get ready: steps of %d tokens at most", tokens)
+        torch.cuda.empty_cache()
 
 
 def _pool_blocks(wishes: Wishes, shape: PoolShape, model: Model) -> tuple[int, int]:
     """Blocks a pool may ever have, and those of one that cannot grow."""
     device = model.device
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if device.type == "cuda":
         most = torch.cuda.get_device_properties(device).total_memory // shape.block_bytes
         plain = int(free * _PLAIN_SHARE) // shape.block_bytes
@@ -278,10 +307,28 @@ def _pool_blocks(wishes: Wishes, shape: PoolShape, model: Model) -> tuple[int, i
     return most, plain
 
 
-def _cuda_blocks(device: torch.device, shape: PoolShape, arena: Arena) -> int:
-    """Blocks of the whole pool when it takes its share of what is free."""
+def _cuda_blocks(device: torch.device, shape: PoolShape, arena: Arena, wishes: Wishes) -> int:
+    """Blocks of the whole pool: as asked for, or its share of what is free; no more than it may."""
     torch.cuda.empty_cache()
-    return arena.blocks + int(_free_bytes(device) * _CUDA_SHARE) // shape.block_bytes
+    held = torch.cuda.memory_reserved(device) + arena.bytes
+    return arena.blocks + pool_growth(wishes, shape, arena.blocks, free_bytes(device), held)
+
+
+def pool_growth(wishes: Wishes, shape: PoolShape, blocks: int, free: int, held: int) -> int:
+    """Blocks that a pool of ``blocks`` gets when weights and steps have what they need.
+
+    Args:
+        wishes: What was asked for.
+        shape: Of a block.
+        blocks: What it has.
+        free: Bytes of the device that nobody has.
+        held: Bytes that weights, steps and pool have.
+    """
+    asked = wishes.kv_tokens // BLOCK_TOKENS
+    more = asked - blocks if asked else int(free * _CUDA_SHARE) // shape.block_bytes
+    if wishes.vram_bytes:
+        more = min(more, (wishes.vram_bytes - held) // shape.block_bytes)
+    return max(0, more)
 
 
 def _refuse_pool(wishes: Wishes, shape: PoolShape, blocks: int) -> None:
@@ -292,14 +339,6 @@ def _refuse_pool(wishes: Wishes, shape: PoolShape, blocks: int) -> None:
         f"there is room for {there} tokens",
         {"kv_tokens": needed, "room_tokens": there, "block_bytes": shape.block_bytes},
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def _device_name(device: torch.device) -> str:

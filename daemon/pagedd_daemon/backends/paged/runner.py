@@ -126,6 +126,10 @@ class Runner:
         most = 1 if shape.decode else shape.tokens
         self._graphs[shape] = self._capturer.capture(lambda: self._compute(where, most))
 
+    def forget(self) -> None:
+        """Give the graphs back."""
+        self._graphs.clear()
+
     def rehearse(self, shape: StepShape) -> None:
         """Launch every kernel of a step of this shape once, on padding: what it needs is compiled,
         loaded and allocated then."""
@@ -144,7 +148,7 @@ class Runner:
 
     def close(self) -> None:
         """Give graphs and buffers back."""
-        self._graphs.clear()
+        self.forget()
         self.inputs = self.drawn = self._tables = self._kv = torch.empty(0)
 
     def _compute(self, where: Layout, max_query: int) -> Tensor:

@@ -8,7 +8,7 @@ those of one token later, and the table of what was seen is brought up to date o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +64,13 @@ class CountTable:
         """Rows of the table for each draw (-1: without penalties), brought up to date."""
         self._draws += 1
         found = []
-        for one in wanted:
-            known = self._row_of(one) if one.sampler.penalised else None
-            found.append(-1 if known is None else known)
+        try:
+            for one in wanted:
+                known = self._row_of(one) if one.sampler.penalised else None
+                found.append(-1 if known is None else known)
+        except RuntimeError:  # no memory for a larger table
+            self.undo(wanted)
+            raise
         assert self._table is not None
         return found, self._table
 
@@ -76,6 +80,12 @@ class CountTable:
             seen = self._rows.get(id(one.sampler))
             if seen is not None and seen.used == self._draws:
                 seen.generated -= 1
+
+    def forget(self, samplers: Iterable[Sampler]) -> None:
+        """What was drawn with these last did not happen: their counts are made anew. Nothing that
+        counts on their rows may be in flight."""
+        for sampler in samplers:
+            self._rows.pop(id(sampler), None)
 
     def _row_of(self, one: Wanted) -> int:
         sampler = one.sampler
