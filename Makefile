@@ -48,8 +48,8 @@ bench-desktop: $(READY) ## five apps on one machine, beside llama.cpp's own serv
 bench-service: $(READY) ## measure what living with the service costs, about 4 minutes
 	@$(BIN)/python -m benchmarks.living
 
-chaos: $(READY) ## kill engines under load and look at what clients see, 35 minutes or so; KILLS=60 for fewer
-	@$(BIN)/python -m benchmarks.chaos $(if $(KILLS),--kills $(KILLS))
+chaos: $(READY) ## kill engines under load, attack the daemon, 45 minutes or so; KILLS=60 for fewer, ONLY=fuzz for a part
+	@$(BIN)/python -m benchmarks.chaos $(ONLY) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
 	@$(BIN)/python -m benchmarks.paper

@@ -74,15 +74,24 @@ class Row:
 class Report:
     """The rows of one run of one target."""
 
-    def __init__(self, target: str, *, quick: bool, machine: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        quick: bool,
+        machine: tuple[str, str] | None = None,
+        part: str = "",
+    ) -> None:
         """No rows yet.
 
         Args:
             target: The name of the make target.
             quick: The sample is a smaller one.
             machine: Where it is measured, fit for a file name and in words; None for this CPU.
+            part: Of the target, where a part has a result file of its own.
         """
         self.target = target
+        self.part = part
         self.quick = quick
         self.machine = machine or (machine_slug(), machine_words())
         self.rows: list[Row] = []
@@ -118,9 +127,11 @@ class Report:
     def write(self, results: Path = RESULTS) -> Path:
         """Write the result file and return its path."""
         results.mkdir(parents=True, exist_ok=True)
-        path = results / f"{self.target}-{self.machine[0]}.json"
+        named = f"{self.target}-{self.part}" if self.part else self.target
+        path = results / f"{named}-{self.machine[0]}.json"
+        command = f"make {self.target}" + (f" ONLY={self.part}" if self.part else "")
         document = {
-            "command": f"make {self.target}" + (" QUICK=1" if self.quick else ""),
+            "command": command + (" QUICK=1" if self.quick else ""),
             "machine": self.machine[1],
             "date": datetime.now(timezone.utc).date().isoformat(),
             "commit": commit(),

@@ -87,9 +87,13 @@ class Daemon:
             return client
         raise DaemonError(f"the daemon did not start:\n{self.log_end()}")
 
+    def log(self) -> str:
+        """All it wrote."""
+        return self._log.read_text(errors="replace")
+
     def log_end(self) -> str:
-        """The last lines it wrote."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+        """The last lines of that."""
+        return "\n".join(self.log().splitlines()[-20:])
 
     def status(self) -> dict[str, Any]:
         """``pagedd status --json``."""

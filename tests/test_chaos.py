@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import pagedd
-from benchmarks.chaos.__main__ import ChaosDaemon
+from benchmarks.chaos.served import ChaosDaemon
 from benchmarks.chaos.streams import engine_of, play, prompts
 from benchmarks.service import Daemon
 

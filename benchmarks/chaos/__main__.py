@@ -1,4 +1,4 @@
-"""``make chaos``: engines are killed, and clients look at what became of their streams.
+"""``make chaos``: engines are killed and the daemon is attacked, and clients look at the outcome.
 
 ``simulated`` compares whole texts with those of a daemon whose engine nobody kills. ``killed``
 measures pauses on the CPU with the packaged model, whose texts are compared by what a plain run
@@ -12,6 +12,7 @@ import asyncio
 import math
 import os
 import random
+import secrets
 import signal
 import statistics
 import sys
@@ -23,10 +24,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.chaos import flood, fuzz, mutants, timing
+from benchmarks.chaos.served import serve
 from benchmarks.chaos.share import share
 from benchmarks.chaos.streams import Record, Round, play, prompts
 from benchmarks.report import Report, Row
-from benchmarks.service import Daemon, packaged_model
+from benchmarks.service import packaged_model
 from pagedd_daemon.backends.llama_api import Context, ContextOptions, Model
 
 KILLS = 200
@@ -37,17 +40,6 @@ KILLS_A_ROUND = 2
 LONG_ROUND = 8
 """One round in so many is long."""
 WATCHED_S = 5.5
-
-
-class ChaosDaemon(Daemon):
-    """A daemon of `benchmarks.chaos.serve`."""
-
-    command = (sys.executable, "-m", "benchmarks.chaos.serve")
-
-
-def serve(model: str, backend: str, *more: str) -> ChaosDaemon:
-    """Started, with the model loaded."""
-    return ChaosDaemon("--model", model, "--backend", backend, *more)
 
 
 def _points(dice: random.Random) -> list[int]:
@@ -228,34 +220,52 @@ def cost(report: Report, _: int) -> None:
     report.add(Row("writing through: of the engine's time", 100 * part, "%", "<= 2", note))
 
 
-PARTS: dict[str, Callable[[Report, int], None]] = {
+KILLED: dict[str, Callable[[Report, int], None]] = {
     "simulated": simulated,
     "killed": killed,
     "stopped": stopped,
     "cost": cost,
 }
+"""Parts that kill engines: one result file. Each is given the kills of each kind of engine."""
+HOSTILE: dict[str, Callable[[Report, int], None]] = {
+    "fuzz": fuzz.part,
+    "mutants": mutants.part,
+    "flood": flood.part,
+    "timing": timing.part,
+}
+"""Parts that attack the daemon: a result file each. Each is given a seed."""
 
 
 def main() -> int:
     """Run the parts; exit status 1 if a row misses what it must reach."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ", ".join(PARTS)
+    names = ", ".join((*KILLED, *HOSTILE))
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{names}; default: all of them")
     parser.add_argument("--kills", type=int, default=KILLS, help="of each kind of engine")
+    parser.add_argument("--seed", type=int, help="of the hostile parts; default: another each time")
     arguments = parser.parse_args()
-    chosen = arguments.parts
-    if unknown := set(chosen) - set(PARTS):
+    chosen = arguments.parts or [*KILLED, *HOSTILE]
+    if unknown := set(chosen) - {*KILLED, *HOSTILE}:
         parser.error(f"no such part: {', '.join(unknown)}; there are {names}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = Report("chaos", quick=bool(os.environ.get("PAGEDD_QUICK")))
-    begin = time.monotonic()
-    for name in chosen or PARTS:
-        PARTS[name](report, 10 if report.quick else arguments.kills)
+    quick = bool(os.environ.get("PAGEDD_QUICK"))
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    begin, status = time.monotonic(), 0
+    if kills := [name for name in chosen if name in KILLED]:
+        report = Report("chaos", quick=quick)
+        for name in kills:
+            KILLED[name](report, 10 if quick else arguments.kills)
+        if set(kills) == set(KILLED):
+            status |= report.finish()
+        else:
+            print("not all that kills engines: no result file is written")
+            status |= report.show()
+    for name in (name for name in chosen if name in HOSTILE):
+        report = Report("chaos", quick=quick, part=name)
+        HOSTILE[name](report, seed)
+        status |= report.finish()
     print(f"took {time.monotonic() - begin:.0f} s")
-    if chosen:
-        print("a part of the benchmark: no result file is written")
-        return report.show()
-    return report.finish()
+    return status
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""A daemon whose engines may die as often as they like, with or without writing through.
+"""A daemon whose engines may die as often as they like, with or without writing through, and with
+as few descriptors as it is told.
 
-Neither is a setting of `pagedd serve`: people have no use for them.
+None of it is a setting of `pagedd serve`: people have no use for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 from pathlib import Path
 
@@ -24,7 +26,10 @@ def settings() -> Settings:
     parser.add_argument("--token-us", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--no-write-through", action="store_true")
+    parser.add_argument("--descriptors", type=int, default=0)
     asked = parser.parse_args()
+    if asked.descriptors:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (asked.descriptors, asked.descriptors))
     return Settings(
         socket_dir=asked.socket_dir,
         model=asked.model,

@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     ValidationInfo,
     model_validator,
@@ -182,9 +183,10 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 KeepAlive = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(seconds)]
 Samples = Annotated[int, Field(ge=1), AfterValidator(_samples)]
-Messages = Annotated[list[dict[str, Any]], AfterValidator(_messages)]
+# `FailFast`: 16,384 wrong elements cost 15 ms to be collected, of which the first one is told.
+Messages = Annotated[list[dict[str, Any]], FailFast(), AfterValidator(_messages)]
 SomeMessages = Annotated[Messages, AfterValidator(_some_messages)]
-Tools = Annotated[list[dict[str, Any]], AfterValidator(_tools)]
+Tools = Annotated[list[dict[str, Any]], FailFast(), AfterValidator(_tools)]
 TemplateArgs = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
@@ -240,8 +242,8 @@ class Generation(Methods, Request):
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_logit_bias)
     ] = Field(default_factory=dict)
-    stop: Annotated[list[str], AfterValidator(_stop)] = Field(default_factory=list)
-    stop_token_ids: Annotated[list[TokenId], AfterValidator(_stop_token_ids)] = Field(
+    stop: Annotated[list[str], FailFast(), AfterValidator(_stop)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[TokenId], FailFast(), AfterValidator(_stop_token_ids)] = Field(
         default_factory=list
     )
     logprobs: Logprobs | None = None

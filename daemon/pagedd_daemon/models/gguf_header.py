@@ -7,6 +7,7 @@ pieces, and the vocabulary's arrays are skipped. Format: ggml's ``docs/gguf.md``
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections import Counter
@@ -69,6 +70,8 @@ class GgufHeader:
 
 
 _MAGIC = b"GGUF"
+_EPSILONS = ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon")
+_INTEGERS = frozenset({"I8", "I16", "I32", "I64"})
 _KEPT_STRING_BYTES = 1024
 _KEPT_ELEMENTS = 65_536
 """Numbers of all arrays together that are kept: some models say a figure for every layer."""
@@ -186,6 +189,8 @@ class _Header(BoundedReader):
         if isinstance(parts, int) and parts > 1:
             self._refuse(f"is one of {parts} parts of a model; join them to one file first")
 
+        self._check_figures(architecture, values)
+
         def number(key: str) -> int | None:
             value = values.get(f"{architecture}.{key}")
             if isinstance(value, tuple):  # one per layer
@@ -222,6 +227,19 @@ class _Header(BoundedReader):
             has_chat_template="tokenizer.chat_template" in values,
             digest=digest,
         )
+
+    def _check_figures(self, architecture: str, values: Mapping[str, Any]) -> None:
+        """What llama.cpp does not refuse but asserts, which would end the engine."""
+        layers, at_most = values.get(f"{architecture}.block_count", 1), self._limits.layers
+        if not isinstance(layers, int) or not 1 <= layers <= at_most:
+            self._refuse(
+                f"says that it has {layers!r} layers; 1 to {at_most} can be loaded",
+                {"limit": at_most},
+            )
+        for key in _EPSILONS:
+            value = values.get(f"{architecture}.attention.{key}", 0.0)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                self._refuse(f"has an epsilon of {value!r} ({key})")
 
     # ------------------------------------------------------------------------------- the parts
 
@@ -336,6 +354,9 @@ class _Header(BoundedReader):
         label, block, block_bytes = TENSOR_TYPES[kind]
         if (shape[0] if shape else 1) % block:
             self._refuse(f"has tensor {name!r} of {label} with rows of {shape[0]}, not {block}s")
+        if dimensions < 2 and label in _INTEGERS:
+            # llama.cpp multiplies by such a vector, and asserts that it can.
+            self._refuse(f"has tensor {name!r} of {label}, which is no type of weights")
         offset = self._u64()
         if offset % alignment:
             self._refuse(f"has tensor {name!r} at {offset}, which is not aligned to {alignment}")

@@ -42,6 +42,8 @@ class HeaderLimits:
     """Dimensions of one tensor: ggml has no more."""
     elements: int = 2**48
     """Elements of one tensor, so that no product of sizes comes near 64 bits."""
+    layers: int = 512
+    """Layers; llama.cpp has room for as many, and ends the process that loads more."""
     alignment: int = 65_536
     """Alignment of the tensor data; 32 is usual."""
 
