@@ -18,11 +18,15 @@ import make_man
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "pagedd": "clients/python/pagedd",
+    "pagedd_http": "clients/http/pagedd_http",
     "pagedd_daemon": "daemon/pagedd_daemon",
     "kvpager": "kvpager/kvpager",
     "pagedd_kernels": "kernels/pagedd_kernels",
 }
-NOT_BASE = ("llama-cpp-python", "numpy", "pydantic", "torch", "triton", "huggingface-hub")
+NOT_BASE = (
+    *("llama-cpp-python", "numpy", "pydantic", "torch", "triton", "huggingface-hub"),
+    *("starlette", "uvicorn"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_the_base_install_needs_neither_a_model_runtime_nor_a_compiler(built: Pa
     wanted = described.get_all("Requires-Dist") or []
     base = [line for line in wanted if "extra ==" not in line]
     assert not [line for line in base if line.lower().startswith(NOT_BASE)]
-    assert {"cpu", "cuda"} <= set(described.get_all("Provides-Extra") or [])
+    assert {"cpu", "cuda", "http"} <= set(described.get_all("Provides-Extra") or [])
 
 
 def test_the_sdist_has_what_it_takes_to_build_and_test(built: Path) -> None:

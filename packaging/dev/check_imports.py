@@ -34,7 +34,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "pagedd": frozenset(
         {"zmq", "msgpack", "click", "rich", "psutil", "platformdirs", "huggingface_hub"}
     ),
-    "pagedd_http": frozenset({"pagedd", "zmq", "msgpack", "click", "rich", "psutil"}),
+    # A client like any other, on a web framework.
+    "pagedd_http": frozenset({"pagedd", "starlette", "uvicorn", "pydantic"}),
 }
 """Beyond the standard library and itself. A package that is not named may import anything but
 what the other rules forbid it."""

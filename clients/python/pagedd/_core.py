@@ -320,6 +320,11 @@ class Assembly:
         self._logprobs: dict[int, list[TokenLogprob]] = {}
         self._prompt = _PromptParts()
 
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt as far as it came; None if nothing of it did."""
+        return self._prompt.whole()
+
     def finished(self, error: PageddError | None) -> Completion:
         """The completion.
 
@@ -397,7 +402,7 @@ class Assembly:
             ),
             model=self.model or "",
             seed=self.seed or 0,
-            prompt=self._prompt.whole(),
+            prompt=self.prompt,
         )
         return chunks
 

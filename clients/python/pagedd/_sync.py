@@ -16,6 +16,7 @@ from pagedd._pump import Pump
 from pagedd._types import (
     Chunk,
     Completion,
+    Prompt,
     RenderedChat,
     ServerInfo,
     SessionKV,
@@ -347,6 +348,17 @@ class Stream:
     def prompt_tokens(self) -> int | None:
         """Length of the prompt; None until the daemon has accepted it."""
         return self._assembly.prompt_tokens
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt as the model got it, with ``echo`` or ``prompt_logprobs``: all of it from the
+        first chunk on."""
+        return self._assembly.prompt
+
+    @property
+    def model(self) -> str | None:
+        """The model that serves it; None until the daemon has accepted the request."""
+        return self._assembly.model
 
     @property
     def seed(self) -> int | None:

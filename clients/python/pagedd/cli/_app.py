@@ -87,6 +87,7 @@ _MODULES = (
         "_completion",
         "_config",
         "_doctor",
+        "_gateway",
         "_metrics",
         "_models",
     ),

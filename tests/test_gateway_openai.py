@@ -1,0 +1,428 @@
+"""OpenAI's interface over a real daemon on the simulated backend."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import pagedd
+from tests.support.daemon import RunningDaemon, running_daemon
+from tests.support.gateway import Use, events, running_gateway, with_gateway
+
+HELLO = [{"role": "user", "content": "hello"}]
+GREEDY = {"temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[RunningDaemon]:
+    with running_daemon(model="simulated") as running:
+        yield running
+
+
+def run(daemon: RunningDaemon, use: Use, **settings: Any) -> None:
+    with_gateway(daemon.host, use, **settings)
+
+
+async def ask(client: httpx.AsyncClient, path: str, **body: Any) -> httpx.Response:
+    return await client.post(f"/v1/{path}", json=body)
+
+
+async def got(client: httpx.AsyncClient, path: str, **body: Any) -> Any:
+    response = await ask(client, path, **body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def streamed(client: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
+    response = await ask(client, path, stream=True, **body)
+    assert response.status_code == 200, response.text
+    found = events(response)
+    assert found[-1] == "[DONE]"
+    return found[:-1]
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Looks until another process has done something."""
+
+    def look() -> None:
+        deadline = time.monotonic() + 30
+        while not happened():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    await asyncio.to_thread(look)
+
+
+def used(control: pagedd.Control) -> int:
+    return int(control.status()["kv"]["gpu"]["used"])
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def test_models_are_listed_and_shown_by_name(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        listed = (await client.get("/v1/models")).json()
+        assert listed["object"] == "list"
+        names = [model["id"] for model in listed["data"]]
+        assert "simulated" in names
+        shown = (await client.get("/v1/models/simulated")).json()
+        assert (shown["object"], shown["id"], shown["loaded"]) == ("model", "simulated", True)
+        missing = await client.get("/v1/models/nobody/knows:it")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+
+    run(daemon, use)
+
+
+# ------------------------------------------------------------------------------------- completions
+
+
+def test_a_completion_is_the_same_at_once_and_piece_by_piece(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        whole = await got(client, "completions", prompt="hello", **GREEDY)
+        assert whole["object"] == "text_completion"
+        assert whole["model"] == "simulated"
+        (choice,) = whole["choices"]
+        assert choice["finish_reason"] == "length"
+        assert whole["usage"]["completion_tokens"] == 8
+        pieces = await streamed(client, "completions", prompt="hello", **GREEDY)
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == choice["text"]
+        assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+        assert len({piece["id"] for piece in pieces}) == 1
+        assert all("usage" not in piece for piece in pieces)
+
+    run(daemon, use)
+
+
+def test_every_prompt_gets_its_samples_in_order(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        several = await got(client, "completions", prompt=["one", "two"], n=2, seed=5, max_tokens=6)
+        texts = {choice["index"]: choice["text"] for choice in several["choices"]}
+        assert sorted(texts) == [0, 1, 2, 3]
+        alone = await got(client, "completions", prompt="two", n=2, seed=5, max_tokens=6)
+        assert [choice["text"] for choice in alone["choices"]] == [texts[2], texts[3]]
+        assert several["usage"]["prompt_tokens"] == 6
+        ids = [[ord(c) for c in text] for text in ("one", "two")]
+        pieces = await streamed(client, "completions", prompt=ids, n=2, seed=5, max_tokens=6)
+        again = dict.fromkeys(range(4), "")
+        for piece in pieces:
+            for choice in piece["choices"]:
+                again[choice["index"]] += choice["text"]
+        assert again == texts
+
+    run(daemon, use)
+
+
+def test_echo_and_logprobs_tell_of_prompt_and_text_token_by_token(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        asked = {"prompt": "hé", "echo": True, "logprobs": 2, **GREEDY}
+        (choice,) = (await got(client, "completions", **asked))["choices"]
+        told = choice["logprobs"]
+        assert choice["text"].startswith("hé")
+        assert len(told["tokens"]) == len(told["token_logprobs"]) == 3 + 8
+        assert told["token_logprobs"][0] is None
+        assert told["top_logprobs"][0] is None
+        assert len(told["top_logprobs"][-1]) == 2
+        assert told["text_offset"][:2] == [0, 1]
+        pieces = [p["choices"][0] for p in await streamed(client, "completions", **asked)]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            parts = [piece["logprobs"][name] for piece in pieces if piece["logprobs"]]
+            assert list(chain.from_iterable(parts)) == told[name]
+
+    run(daemon, use)
+
+
+def test_stop_seed_bias_and_best_of_do_what_they_say(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        first = await got(client, "completions", prompt="x", seed=7, max_tokens=12)
+        again = await got(client, "completions", prompt="x", seed=7, max_tokens=12)
+        text = first["choices"][0]["text"]
+        assert again["choices"][0]["text"] == text
+        stopped = await got(client, "completions", prompt="x", seed=7, max_tokens=12, stop=text[3])
+        assert stopped["choices"][0]["text"] == text[: text.index(text[3])]
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        bias = {str(ord("q")): 100}
+        forced = await got(client, "completions", prompt="x", logit_bias=bias, **GREEDY)
+        assert forced["choices"][0]["text"] == "q" * 8
+        best = await got(client, "completions", prompt="x", best_of=4, n=2, max_tokens=4)
+        assert len(best["choices"]) == 2
+        assert best["usage"]["completion_tokens"] == 16
+
+    run(daemon, use)
+
+
+def test_usage_says_what_was_cached_and_comes_last_where_asked_for(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        prompt = "a prefix that is longer than two blocks of sixteen tokens"
+        asked = {"prompt": prompt, "stream_options": {"include_usage": True}, **GREEDY}
+        await got(client, "completions", prompt=prompt, **GREEDY)
+        *pieces, last = await streamed(client, "completions", **asked)
+        assert all(piece["usage"] is None for piece in pieces)
+        assert last["choices"] == []
+        usage = last["usage"]
+        assert usage["prompt_tokens"] == len(prompt)
+        assert usage["total_tokens"] == len(prompt) + 8
+        assert 32 <= usage["prompt_tokens_details"]["cached_tokens"] < len(prompt)
+
+    run(daemon, use)
+
+
+# -------------------------------------------------------------------------------------------- chat
+
+
+def test_a_chat_is_the_same_at_once_and_piece_by_piece(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        whole = await got(client, "chat/completions", messages=HELLO, **GREEDY)
+        assert whole["object"] == "chat.completion"
+        (choice,) = whole["choices"]
+        assert choice["message"]["role"] == "assistant"
+        assert choice["finish_reason"] == "length"
+        pieces = await streamed(client, "chat/completions", messages=HELLO, **GREEDY)
+        assert {piece["object"] for piece in pieces} == {"chat.completion.chunk"}
+        deltas = [piece["choices"][0]["delta"] for piece in pieces]
+        assert deltas[0]["role"] == "assistant"
+        assert all("role" not in delta for delta in deltas[1:])
+        text = "".join(delta.get("content", "") for delta in deltas)
+        assert text == choice["message"]["content"]
+        assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+
+    run(daemon, use)
+
+
+def test_parts_of_text_and_developers_are_read_as_templates_know_them(
+    daemon: RunningDaemon,
+) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        plain = [{"role": "system", "content": "Be terse."}, *HELLO]
+        parts = [
+            {"role": "developer", "content": [{"type": "text", "text": "Be terse."}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}],
+            },
+        ]
+        first = await got(client, "chat/completions", messages=plain, **GREEDY)
+        second = await got(client, "chat/completions", messages=parts, **GREEDY)
+        assert first["choices"][0]["message"] == second["choices"][0]["message"]
+        assert first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]
+
+    run(daemon, use)
+
+
+def test_chat_logprobs_have_bytes_and_alternatives(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        asked = {"messages": HELLO, "logprobs": True, "top_logprobs": 2, **GREEDY}
+        (choice,) = (await got(client, "chat/completions", **asked))["choices"]
+        content = choice["logprobs"]["content"]
+        assert len(content) == 8
+        text = bytes(chain.from_iterable(token["bytes"] for token in content))
+        assert text.decode("utf-8", "replace").startswith(choice["message"]["content"][:6])
+        assert all(len(token["top_logprobs"]) == 2 for token in content)
+        pieces = [p["choices"][0] for p in await streamed(client, "chat/completions", **asked)]
+        parts = [piece["logprobs"]["content"] for piece in pieces if piece["logprobs"]]
+        assert list(chain.from_iterable(parts)) == content
+
+    run(daemon, use)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+WRONG: list[tuple[str, dict[str, Any], int, str, str | None]] = [
+    ("completions", {"prompt": "x", "max_tokens": "5"}, 400, "invalid_body", "max_tokens"),
+    ("completions", {"prompt": []}, 400, "invalid_request", "prompt"),
+    ("completions", {"prompt": "x", "suffix": "y"}, 400, "invalid_request", "suffix"),
+    ("completions", {"prompt": "x", "n": 17}, 400, "invalid_body", "n"),
+    ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "invalid_request", "logit_bias"),
+    ("completions", {"prompt": [70_000]}, 400, "E_TOKEN_ID", None),
+    ("completions", {"prompt": "x" * 9000}, 400, "context_length_exceeded", None),
+    ("completions", {"prompt": "x", "model": "gpt-4o"}, 404, "model_not_found", None),
+    ("chat/completions", {"messages": []}, 400, "invalid_body", "messages"),
+    ("chat/completions", {"messages": [{}]}, 400, "invalid_request", "messages.0.role"),
+    ("chat/completions", {"messages": HELLO, "n": 0}, 400, "invalid_body", "n"),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        400,
+        "unsupported_content",
+        "messages.0.content",
+    ),
+    (
+        "chat/completions",
+        {"messages": HELLO, "response_format": {"type": "json_schema"}},
+        400,
+        "invalid_request",
+        "response_format.json_schema",
+    ),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_wrong_is_said_in_openais_shape(daemon: RunningDaemon, stream: bool) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        for path, body, status, code, param in WRONG:
+            response = await ask(client, path, stream=stream, **body)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (status, code), (body, error)
+            assert error["type"] == "invalid_request_error"
+            assert error["message"]
+            assert param is None or error["param"] == param
+
+    run(daemon, use)
+
+
+def test_paths_methods_and_broken_bodies_are_refused(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        for method, path, content, status in (
+            ("GET", "/nowhere", b"", 404),
+            ("PUT", "/v1/models", b"", 405),
+            ("GET", "/v1/completions", b"", 405),
+            ("POST", "/v1/completions", b"", 400),
+            ("POST", "/v1/completions", b"{", 400),
+            ("POST", "/v1/completions", b"[]", 400),
+            ("POST", "/v1/completions", b'{"prompt": "\xff"}', 400),
+            ("POST", "/v1/completions", b'{"prompt": "\\ud800"}', 400),
+            ("POST", "/v1/completions", b"[" * 100_000, 400),
+            ("POST", "/v1/completions", b'{"temperature": NaN, "prompt": "x"}', 400),
+        ):
+            response = await client.request(method, path, content=content)
+            assert response.status_code == status, (path, content[:20], response.text)
+            assert response.json()["error"]["message"]
+
+    run(daemon, use)
+
+
+# ------------------------------------------------------------------------------- the guard, the end
+
+
+def test_other_names_and_pages_of_others_are_refused(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        for headers, status in (
+            ({"host": "127.0.0.1:11500"}, 200),
+            ({"host": "[::1]:11500"}, 200),
+            ({"host": "LOCALHOST"}, 200),
+            ({"host": "rebound.example"}, 403),
+            ({"host": "127.0.0.1.rebound.example"}, 403),
+            ({"host": ""}, 403),
+            ({"origin": "http://localhost"}, 200),
+            ({"origin": "http://localhost:3000"}, 403),
+            ({"origin": "https://page.example"}, 403),
+            ({"origin": "null"}, 403),
+        ):
+            response = await client.get("/v1/models", headers=headers)
+            assert response.status_code == status, headers
+            assert "access-control-allow-origin" not in response.headers
+
+    run(daemon, use)
+
+
+def test_bodies_are_limited_however_they_come(daemon: RunningDaemon) -> None:
+    async def parts() -> Any:
+        for _ in range(40):
+            yield b"x" * 100
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for content in (b"x" * 3000, parts()):
+            response = await client.post("/v1/completions", content=content)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "body_too_long"
+
+    run(daemon, use, body_bytes=2000)
+
+
+def test_an_app_names_itself_in_a_header(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        headers = {"x-pagedd-app": "my-page"}
+        body = {"prompt": "x", **GREEDY}
+        assert (await client.post("/v1/completions", json=body, headers=headers)).is_success
+        with daemon.control() as control:
+            (app,) = [app for app in control.status()["apps"] if app["app"] == "my-page"]
+        assert app["generated_tokens"] == 8
+        refused = await client.get("/v1/models", headers={"x-pagedd-app": "no such name!"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "app")
+
+    run(daemon, use)
+
+
+def test_away_is_503_until_the_daemon_is_there(tmp_path: Path) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        away = await client.get("/v1/models")
+        assert away.status_code == 503
+        assert int(away.headers["retry-after"]) >= 1
+        assert away.json()["error"]["type"] == "server_error"
+
+    with_gateway(f"unix://{tmp_path}/pagedd.sock", use)
+
+
+def test_a_daemon_that_was_restarted_is_found_again(tmp_path: Path) -> None:
+    with running_daemon(model="simulated", load=False) as first:
+        link = tmp_path / "run"
+        link.symlink_to(first.socket_dir)
+
+        async def use(client: httpx.AsyncClient) -> None:
+            assert (await client.get("/v1/models")).status_code == 200
+            first.kill()
+            first.wait()
+            away = await client.get("/v1/models")
+            assert away.status_code == 503
+            with running_daemon(model="simulated", load=False) as second:
+                link.unlink()
+                link.symlink_to(second.socket_dir)
+                assert (await client.get("/v1/models")).status_code == 200
+
+        with_gateway(f"unix://{link}/pagedd.sock", use)
+
+
+def test_a_client_that_hangs_up_while_its_prompt_is_computed_is_cancelled(tmp_path: Path) -> None:
+    """Over a real socket: 4,000 tokens of 2 ms are computed in 8 s, in chunks."""
+    with (
+        running_daemon(model="simulated", simulated_token_us=2000) as daemon,
+        running_gateway(daemon) as gateway,
+        daemon.control() as control,
+    ):
+
+        async def main(body: dict[str, Any]) -> None:
+            async with httpx.AsyncClient(base_url=gateway.address, timeout=60) as client:
+                asking = asyncio.create_task(client.post("/v1/completions", json=body))
+                await until(lambda: used(control) > 0)
+                asking.cancel()
+                await asyncio.wait([asking])
+            await until(lambda: used(control) == 0)
+            assert control.stats()["tokens"]["generated"] == 0
+
+        for stream in (False, True):
+            body = {"prompt": f"{stream:04}" + "x" * 4000, "stream": stream, "max_tokens": 2000}
+            asyncio.run(asyncio.wait_for(main(body), 60))
+
+
+def test_a_gateway_on_a_unix_socket_serves_its_owner_alone(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    path = daemon.folder / "http.sock"
+    with running_gateway(daemon, "--uds", str(path)):
+        assert path.stat().st_mode & 0o777 == 0o600
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost"
+        ) as client:
+            assert client.get("/v1/models").status_code == 200
+        second = daemon.command("gateway", "--uds", str(path))
+        assert second.returncode == 69
+        assert "listens" in second.stderr
+    assert not path.exists()
+
+
+def test_a_gateway_listens_at_no_address_of_the_network_without_keys(
+    daemon: RunningDaemon,
+) -> None:
+    done = daemon.command("gateway", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 69
+    assert "apps key add" in done.stderr
