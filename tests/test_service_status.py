@@ -100,6 +100,33 @@ def test_an_engine_that_does_not_answer_in_time_delays_status_and_no_more() -> N
     run(scenario())
 
 
+def test_the_block_map_is_asked_of_the_engine_only_for_those_who_want_it() -> None:
+    blocks = {"gpu": {"every": 1, "cells": b"\x11\x00"}}
+
+    async def scenario() -> None:
+        async with Front() as front:
+            _, engine = await ready(front)
+            engine.figures = None
+            maps = front.control(r.Stats(id="t", blocks=True))
+            assert (await engine.hears(m.AskSnapshot)).blocks  # though it is idle
+            engine.say(m.Snapshot(FIGURES))  # of its own accord
+            plain = front.control(r.Stats(id="u"))
+            await front.settled(lambda: bool(plain))
+            assert "blocks" not in plain[0]
+            assert maps == []
+            engine.say(m.Snapshot({**FIGURES, "blocks": blocks}))
+            await front.settled(lambda: bool(maps))
+            assert maps[0]["blocks"] == blocks
+            assert maps[0]["kv"] == FIGURES["kv"]
+            late = front.control(r.Stats(id="v", blocks=True))
+            front.clock.advance(0.11)
+            await front.settled(lambda: bool(late))
+            assert late[0]["blocks"] == blocks  # as fresh as it gets
+            assert engine.count(m.AskSnapshot) == 2
+
+    run(scenario())
+
+
 def test_an_engine_that_has_been_idle_since_its_figures_came_is_not_asked() -> None:
     async def scenario() -> None:
         async with Front() as front:

@@ -75,7 +75,7 @@ class LocalEngine:
                 self._load(message)
             elif isinstance(message, m.AskSnapshot):
                 assert self.core is not None
-                self._say(self.core.snapshot())
+                self._say(self.core.snapshot(blocks=message.blocks))
             elif not isinstance(message, m.Shutdown):
                 assert self.core is not None
                 self.core.handle(message)

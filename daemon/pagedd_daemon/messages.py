@@ -167,6 +167,9 @@ class Drop:
 class AskSnapshot:
     """Asks for a `Snapshot` before the next step."""
 
+    blocks: bool = False
+    """With the block map."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:

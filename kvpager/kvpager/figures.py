@@ -3,6 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+from kvpager.shape import BlockState
+
+
+class CellState(IntEnum):
+    """What a block is doing: `BlockState`, which for a block of a lower tier means the same there,
+    and one more."""
+
+    FREE = BlockState.FREE
+    HELD = BlockState.ACTIVE
+    """By a running sequence; in a lower tier by one that was swapped out."""
+    CACHED = BlockState.CACHED
+    STORING = BlockState.STORING
+    """Nobody holds it, and a copy still names it."""
+    LOADING = BlockState.LOADING
+    """A copy writes it."""
+    DYING = BlockState.DYING
+    """Free when the step or the copy that may touch it has ended."""
+    WITHHELD = 6
+    """Its memory was given back (`kvpager.Pressure`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierMap:
+    """What the blocks of one tier are doing, for people to look at.
+
+    A cell is one byte: `CellState`, `SHARED` if several sequences hold the block, and from the bit
+    `CLASS_SHIFT` on 1 + `kvpager.PriorityClass` of the most important of them, 0 for nobody.
+    """
+
+    SHARED: ClassVar[int] = 8
+    CLASS_SHIFT: ClassVar[int] = 4
+
+    every: int
+    """The cells are those of the blocks 0, ``every``, 2 x ``every``, …"""
+    cells: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpager.blocks import LruList, zeros
+from kvpager.figures import CellState, TierMap
 from kvpager.prefix import PageIndex
 from kvpager.types import Tier, TierUsage
 
@@ -88,6 +89,19 @@ class LowerTier:
         """Slots held or in transfer, cached, and free."""
         cached, free = self.cached.count, len(self.free)
         return TierUsage(self.total, self.total - cached - free, cached, free)
+
+    def cells(self) -> npt.NDArray[np.uint8]:
+        """What each slot is doing, in the cells of `TierMap`, but for its owner."""
+        total = self.total
+        states, holds, pins = self.states[:total], self._all_holds[:total], self._all_pins[:total]
+        cells = np.full(total, CellState.CACHED, dtype=np.uint8)
+        cells[pins > 0] = CellState.STORING
+        cells[holds > 0] = CellState.HELD
+        cells[states == _FILLING] = CellState.LOADING
+        cells[states == _DOOMED] = CellState.DYING
+        cells[states == _FREE] = CellState.FREE
+        cells[holds > 1] |= TierMap.SHARED
+        return cells
 
     def ready(self, slot: int) -> bool:
         """Whether the slot's page can be loaded."""

@@ -36,8 +36,10 @@ from kvpager.events import (
     Truncate,
 )
 from kvpager.figures import (
+    CellState,
     PagerStats,
     PoolSplit,
+    TierMap,
     TierUsage,
 )
 from kvpager.instructions import (
@@ -76,6 +78,7 @@ __all__ = [
     "Adopt",
     "Attach",
     "BlockState",
+    "CellState",
     "CopyBlock",
     "DeferReason",
     "Deferred",
@@ -111,6 +114,7 @@ __all__ = [
     "StepRetired",
     "Store",
     "Tier",
+    "TierMap",
     "TierUsage",
     "Tokens",
     "TransferDone",

@@ -183,9 +183,10 @@ class AsyncClient:
         """What the daemon does now; never loads or wakes a model."""
         return await self._ask("status", {}, timeout, control=True)
 
-    async def stats(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Counters since the daemon started."""
-        return await self._ask("stats", {}, timeout, control=True)
+    async def stats(self, *, blocks: bool = False, timeout: float | None = None) -> dict[str, Any]:
+        """Counters since the daemon started; with ``blocks`` also what each block of the pool is
+        doing (docs/protocol.md, section 8)."""
+        return await self._ask("stats", {"blocks": True} if blocks else {}, timeout, control=True)
 
     async def apps(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """Apps that have settings or are connected; each as `app` has it."""

@@ -54,9 +54,10 @@ class Control:
         """What the daemon does now; docs/protocol.md, section 8, has the fields."""
         return self._ask("status", {}, timeout, control=True)
 
-    def stats(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Counters since the daemon started."""
-        return self._ask("stats", {}, timeout, control=True)
+    def stats(self, *, blocks: bool = False, timeout: float | None = None) -> dict[str, Any]:
+        """Counters since the daemon started; with ``blocks`` also what each block of the pool is
+        doing (docs/protocol.md, section 8)."""
+        return self._ask("stats", {"blocks": True} if blocks else {}, timeout, control=True)
 
     def cancel_requests(
         self,

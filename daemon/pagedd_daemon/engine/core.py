@@ -35,7 +35,7 @@ from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.scoring import told
-from pagedd_daemon.engine.snapshot import Totals, snapshot
+from pagedd_daemon.engine.snapshot import Totals, block_map, snapshot
 from pagedd_daemon.engine.turns import AppPolicy
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState
 from pagedd_daemon.grammars import GrammarError
@@ -163,8 +163,8 @@ class Engine:
         """Rises unless something is under way that does not end."""
         return self._steps + self._pool.ended + self._blocked
 
-    def snapshot(self) -> m.Snapshot:
-        """The engine's figures now."""
+    def snapshot(self, *, blocks: bool = False) -> m.Snapshot:
+        """The engine's figures now, and the block map if it is wanted."""
         return m.Snapshot(
             snapshot(
                 self._pool.pager,
@@ -178,6 +178,7 @@ class Engine:
                 "progress": self.progress,
                 "median_step_s": statistics.median(self._seconds) if self._seconds else 0.0,
             }
+            | ({"blocks": block_map(self._pool.pager)} if blocks else {})
         )
 
     # ---------------------------------------------------------------------------------------- step

@@ -125,7 +125,7 @@ def run(
                 _save(engine)
                 return
             if isinstance(message, m.AskSnapshot):
-                link.send(engine.snapshot())
+                link.send(engine.snapshot(blocks=message.blocks))
             else:
                 engine.handle(message)
         size = None if vram is None else vram.wanted()

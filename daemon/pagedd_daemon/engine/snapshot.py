@@ -19,6 +19,7 @@ Keys::
     memory     {weights, kv_pool, ram_tier}, bytes
     troubles   sentences for people: what does not work as it was configured
     backend    what the backend counts (`Backend.counters`)
+    blocks     only if it was asked for: {gpu, ram, disk}, each {every, cells} (`kvpager.TierMap`)
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.work import Request, SequenceState
 
 _APP_KEYS = ("prompt", "cached", "generated")
+MAP_CELLS = 16_384
+"""Cells of a tier in the block map: of a larger one only every second block is shown, or every
+third. More would be less than a pixel each, and the whole map fits a message of 48 KiB so."""
 
 
 class Totals:
@@ -96,6 +100,13 @@ def snapshot(
         "memory": asdict(memory),
         "backend": backend.counters(),
         "troubles": [*backend.troubles(), *_small_pool(backend, scheduler)],
+    }
+
+
+def block_map(pager: Pager) -> dict[str, dict[str, Any]]:
+    """What each block is doing, by tier."""
+    return {
+        tier.name.lower(): asdict(of_tier) for tier, of_tier in pager.block_map(MAP_CELLS).items()
     }
 
 

@@ -75,8 +75,13 @@ class Administration:
             result(self._app(request.app))
             return
         if isinstance(request, (r.Stats, r.Metrics)):
-            work = self._stats if isinstance(request, r.Stats) else self._metrics
-            self._board.fresh(lambda: self._later(work(), request.id, reply, result))
+            blocks = isinstance(request, r.Stats) and request.blocks
+
+            def answer() -> None:
+                work = self._stats(blocks) if isinstance(request, r.Stats) else self._metrics()
+                self._later(work, request.id, reply, result)
+
+            self._board.fresh(answer, blocks=blocks)
             return
         if uid != os.geteuid():
             raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
@@ -106,9 +111,12 @@ class Administration:
         connected = [row for row in self._board.apps() if row["app"] == name]
         return {**self._apps.described(name), "connected": connected}
 
-    async def _stats(self) -> dict[str, Any]:
+    async def _stats(self, blocks: bool) -> dict[str, Any]:
+        stats = self._board.stats()
+        if blocks:
+            stats["blocks"] = self._board.blocks
         joules = {} if self._energy.silent else await asyncio.to_thread(self._energy.read)
-        return {**self._board.stats(), "energy_joules": dict(joules)}
+        return {**stats, "energy_joules": dict(joules)}
 
     async def _metrics(self) -> dict[str, Any]:
         figures = self._board.metrics()

@@ -490,6 +490,8 @@ class Stats(Request):
 
     verb = "stats"
 
+    blocks: bool = False
+
 
 class Ping(Request):
     """Whether the daemon makes progress."""

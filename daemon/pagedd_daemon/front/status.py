@@ -54,48 +54,62 @@ class Board:
         """When it came."""
         self.stale = False
         """A step was made since that snapshot."""
+        self.blocks: Mapping[str, Any] = {}
+        """The block map, from when somebody last asked for it; empty without an engine."""
         self.draining = False
         self.notice: str | None = None
         """What every client is told in ``hello``."""
-        self._asked: list[Callable[[], None]] = []
+        self._asked: list[tuple[Callable[[], None], bool]] = []
+        """Whom to tell, and whether the block map is what they wait for."""
         self._timer: Timer | None = None
 
     # ------------------------------------------------------------ snapshots
 
     def take(self, snapshot: Snapshot) -> None:
         """The engine's figures are here."""
-        self.figures = snapshot.figures
+        figures = dict(snapshot.figures)
+        blocks = figures.pop("blocks", None)
+        self.figures = figures
         self._taken = self._clock.time()
         self.stale = False
-        self._answer()
+        if blocks is not None:
+            self.blocks = blocks
+        self._answer(everybody=blocks is not None)
 
     def engine_gone(self) -> None:
         """There are no figures any more."""
         self.figures = {}
+        self.blocks = {}
         self.stale = False
         self._answer()
 
-    def fresh(self, answer: Callable[[], None]) -> None:
+    def fresh(self, answer: Callable[[], None], *, blocks: bool = False) -> None:
         """Call ``answer`` when the figures are fresh, or as fresh as they get in `FRESH_S`.
 
-        An engine that sent its figures when it became idle is not asked again.
+        An engine that sent its figures when it became idle is not asked again, unless for the block
+        map, which it sends to nobody who did not ask.
         """
         model = self._models.current
-        if model is None or not (self._streams.running or self.stale):
+        if model is None or not (blocks or self._streams.running or self.stale):
             answer()
             return
-        self._asked.append(answer)
+        asked = any(wanted >= blocks for _, wanted in self._asked)
+        self._asked.append((answer, blocks))
+        if not asked:
+            model.engine.send(AskSnapshot(blocks=blocks))
         if self._timer is None:
-            model.engine.send(AskSnapshot())
             self._timer = self._clock.call_later(FRESH_S, self._answer)
 
-    def _answer(self) -> None:
-        if self._timer is not None:
+    def _answer(self, *, everybody: bool = True) -> None:
+        """Tell those who wait; without a new block map, not those who wait for one."""
+        asked = self._asked
+        self._asked = [] if everybody else [one for one in asked if one[1]]
+        if not self._asked and self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        asked, self._asked = self._asked, []
-        for answer in asked:
-            answer()
+        for answer, blocks in asked:
+            if everybody or not blocks:
+                answer()
 
     # ------------------------------------------------------------ results
 
