@@ -302,9 +302,10 @@ class Front:
         default: str | None = "a",
         limits: Limits = DEFAULT_LIMITS,
         apps: Apps | None = None,
+        source: FakeSource | None = None,
     ) -> None:
         self.clock = Clock()
-        self.source = FakeSource()
+        self.source = source or FakeSource()
         self.transport = Transport()
         self.shutdowns: list[bool] = []
         self.defeats = 0

@@ -156,8 +156,12 @@ class Transfers:
     def _begin(self, transfer: Transfer, host: Host, pages: tuple[Page, ...]) -> None:
         """Begin to copy between the pool and the host."""
         if self._thread is None:
-            self._copy(_Job(transfer, None, host, pages))
-            self._flights.append(_Flight(transfer.transfer, None))
+            try:
+                self._copy(_Job(transfer, None, host, pages))
+            except Exception:
+                self._failed(transfer)
+            else:
+                self._flights.append(_Flight(transfer.transfer, None))
             return
         after = self._fence
         if isinstance(transfer, Store):
@@ -235,10 +239,14 @@ class Transfers:
                 streams[0].wait_event(streams[1].record_event())
                 done = streams[0].record_event()
             except Exception:
-                log.exception("transfer %d failed", job.transfer.transfer)
-                self._flights.append(_Flight(job.transfer.transfer, None, ok=False))
+                self._failed(job.transfer)
             else:
                 self._flights.append(_Flight(job.transfer.transfer, done))
+
+    def _failed(self, transfer: Transfer) -> None:
+        """A copy costs a computation where it fails, and nobody their text."""
+        log.exception("transfer %d failed", transfer.transfer)
+        self._flights.append(_Flight(transfer.transfer, None, ok=False))
 
     def _copy(self, job: _Job) -> None:
         """Copy its pages, neighbours on both sides together."""
