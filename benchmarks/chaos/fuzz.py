@@ -14,11 +14,14 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
+import pagedd
 from benchmarks.chaos.attacked import Front
 from benchmarks.chaos.fields import TOKEN
 from benchmarks.chaos.messages import Messages, Sent
@@ -26,6 +29,7 @@ from benchmarks.chaos.outside import NOISE_EVERY, Outside
 from benchmarks.chaos.served import serve
 from benchmarks.report import Report, Row
 
+_T = TypeVar("_T")
 CONNECTIONS = 8
 MESSAGES = 1_000_000
 FLAT_MIB = 32
@@ -154,6 +158,17 @@ class OverSockets:
     """The same front and engine serve a new client at the end."""
 
 
+def patiently(call: Callable[[], _T]) -> _T:
+    """A call that is made again where this process has sent too much, which it has."""
+    try:
+        return call()
+    except pagedd.PageddError as error:
+        if error.details.get("limit") != "messages_per_s":
+            raise
+        time.sleep(error.details["retry_ms"] / 1000)
+    return patiently(call)
+
+
 def attack_daemon(seed: int, count: int) -> OverSockets:
     """A daemon of its own, attacked over its sockets with ``count`` messages of ``seed``."""
     with serve("simulated", "simulated") as daemon:
@@ -166,8 +181,11 @@ def attack_daemon(seed: int, count: int) -> OverSockets:
         finally:
             outside.close()
         held = front.memory_full_info().uss
-        text = daemon.client.generate("still there?", max_tokens=8, ignore_eos=True).wait()
-        alive = text.usage.generated_tokens == 8 and not daemon.client.ping()["engine_deaths"]
+        text = patiently(
+            lambda: daemon.client.generate("still there?", max_tokens=8, ignore_eos=True).wait()
+        )
+        deaths = patiently(daemon.client.ping)["engine_deaths"]
+        alive = text.usage.generated_tokens == 8 and not deaths
         told = [line for line in daemon.log().splitlines() if _tells_of_a_defect(line)]
     return OverSockets(outside.answers, outside.defects + told, held - settled, alive)
 

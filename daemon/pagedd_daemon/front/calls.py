@@ -20,9 +20,6 @@ from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.requests import Generation, Request
 from pagedd_daemon.front.sessions import Sessions
 
-REMEMBERED_BYTES = 16 * 2**20
-"""Budget of all events kept of finished requests: a fifth of what the front may take."""
-
 
 class Call:
     """One request of a connection, and the events it was answered with."""
@@ -31,6 +28,8 @@ class Call:
         self.connection = connection
         self.id = request.id
         self.request = request
+        self.size = _size(request)
+        """Bytes of its texts and token ids."""
         self.journal = Journal(self.id)
         self.over = False
         """Its last event was sent, or its client has gone."""
@@ -83,8 +82,10 @@ class Calls:
         """``send`` is where events sent again go."""
         self._limits = limits
         self._send = send
-        self._remembered = Remembered(REMEMBERED_BYTES)
+        self._remembered = Remembered(limits.remembered_bytes)
         self._live = 0
+        self._asked_bytes = 0
+        """Of all live requests."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.peers: dict[Connection, Peer] = {}
@@ -97,7 +98,7 @@ class Calls:
         """Of all connections."""
         return [call for peer in self.peers.values() for call in peer.live.values()]
 
-    def admit(self, peer: Peer) -> None:
+    def admit(self, peer: Peer, request: Request) -> None:
         """Check that one more request may come in.
 
         Raises:
@@ -114,6 +115,13 @@ class Calls:
                     f"{live} requests are live, the limit is {at_most}",
                     details={"limit": limit, "value": live, "max": at_most},
                 )
+        asked, at_most = self._asked_bytes + _size(request), self._limits.request_bytes_total
+        if asked > at_most:
+            raise WireError(
+                "E_BUSY",
+                f"the texts of live requests would have {asked} bytes, the limit is {at_most}",
+                details={"limit": "request_bytes_total", "value": asked, "max": at_most},
+            )
 
     def answered_before(self, peer: Peer, request: Request) -> bool:
         """Whether the request is a resend. If so, what it was answered with is sent again.
@@ -134,7 +142,7 @@ class Calls:
             raise WireError(
                 "E_LIMIT",
                 "the answer to this request is no longer remembered",
-                details={"limit": "remembered_bytes", "max": REMEMBERED_BYTES},
+                details={"limit": "remembered_bytes", "max": self._limits.remembered_bytes},
             )
         for event in journal.since(request.after if isinstance(request, Generation) else -1):
             self._send(peer.connection, event)
@@ -144,11 +152,13 @@ class Calls:
         """A request begins."""
         peer.live[call.id] = call
         self._live += 1
+        self._asked_bytes += call.size
         self._idle.clear()
 
     def over(self, call: Call) -> None:
         """A request is over: remember its events for a while."""
         self._live -= 1
+        self._asked_bytes -= call.size
         if not self._live:
             self._idle.set()
         peer = self.peers.get(call.connection)
@@ -166,6 +176,19 @@ class Calls:
         del self.peers[peer.connection]
         for answered in peer.answered.values():
             self._remembered.forget(answered.journal)
+
+
+def _size(request: Request) -> int:
+    """Characters and bytes of all texts and token ids in it."""
+    return sum(_sizes(getattr(request, name)) for name in type(request).model_fields)
+
+
+def _sizes(value: object) -> int:
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_sizes, value.values()))
+    return sum(map(_sizes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _digest(request: Request) -> bytes:

@@ -38,6 +38,12 @@ class Limits:
         "Time without a sign of life after a heartbeat until a client counts as gone; a client "
         "that is stopped, or leaves a full queue unread, gives none.",
     )
+    messages_per_s: int = _limit(
+        2000,
+        "Messages a second of one process, over all its connections and both sockets; one counts "
+        "again for each whole 4 KiB. Further ones are refused (`E_BUSY`).",
+    )
+    message_burst: int = _limit(4000, "Messages of one process at once, after a silence.")
     id_chars: int = _limit(64, "Characters of a request id.")
     app_chars: int = _limit(64, "Characters of an app name.")
     samples: int = _limit(16, "`n` of one request.")
@@ -54,16 +60,27 @@ class Limits:
     messages: int = _limit(4096, "Messages of one chat.")
     tools: int = _limit(256, "Tools of one chat.")
     sessions_per_connection: int = _limit(64, "Open sessions of one connection.")
+    sessions_total: int = _limit(4096, "Open sessions of all connections.")
     requests_per_connection: int = _limit(256, "Requests of one connection that are not over.")
     requests_total: int = _limit(4096, "Requests of all connections that are not over.")
+    request_bytes_total: int = _limit(
+        256 * 2**20, "Bytes of prompts, token ids and messages of all requests that are not over."
+    )
     connections: int = _limit(1024, "Connections that have said hello.")
     output_bytes_per_connection: int = _limit(
         2**20,
         "Bytes waiting for a client that does not read, before its requests are paused and new "
         "ones refused (`E_SLOW`).",
     )
+    output_bytes_total: int = _limit(
+        64 * 2**20,
+        "Bytes waiting for all clients; beyond it, who has most of them waiting is disconnected.",
+    )
     remembered_requests: int = _limit(
         64, "Finished requests of one connection whose events can be sent again."
+    )
+    remembered_bytes: int = _limit(
+        16 * 2**20, "Bytes of events of finished requests, of all connections together."
     )
 
 

@@ -26,7 +26,7 @@ from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
 from pagedd_daemon.front.models import Lease, Model, Models, State
 from pagedd_daemon.front.pins import Pins
 from pagedd_daemon.front.ports import Connection, Event, Transport
-from pagedd_daemon.front.sessions import Sessions, Turn
+from pagedd_daemon.front.sessions import Session, Sessions, Turn
 from pagedd_daemon.front.status import Board
 from pagedd_daemon.front.streams import Stream, Streams, check_ids
 from pagedd_daemon.front.watchdog import Watchdog
@@ -79,6 +79,7 @@ class FrontService:
         self._calls = Calls(
             limits, lambda connection, event: self.transport.send(connection, event)
         )
+        self._sessions_open: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.models = Models(
             source,
@@ -145,8 +146,7 @@ class FrontService:
         account = self._accounts.open(
             connection.uid, connection.app, connection.priority, connection.program
         )
-        most = self._limits.sessions_per_connection
-        sessions = Sessions(most, self._clock, account, self._pins)
+        sessions = Sessions(self._limits, self._clock, account, self._pins, self._sessions_open)
         self._calls.peers[connection] = Peer(connection, account, sessions)
         model = self.models.current
         return {
@@ -161,7 +161,7 @@ class FrontService:
         try:
             if self._calls.answered_before(peer, request):
                 return
-            self._admit(peer)
+            self._admit(peer, request)
             if isinstance(request, r.Generation):
                 self._apps.admit(peer.account)
         except WireError as error:
@@ -260,7 +260,7 @@ class FrontService:
 
     # ------------------------------------------------------------ life of a request
 
-    def _admit(self, peer: Peer) -> None:
+    def _admit(self, peer: Peer, request: r.DataRequest) -> None:
         """Check that one more request may come in.
 
         Raises:
@@ -272,7 +272,7 @@ class FrontService:
         at_most = SLOW_FACTOR * self._limits.output_bytes_per_connection
         if connection.lagging and self.transport.backlog_bytes(connection) > at_most:
             raise self._slow(peer)
-        self._calls.admit(peer)
+        self._calls.admit(peer, request)
 
     def _slow(self, peer: Peer) -> WireError:
         """The client does not read: its streams end. Returns the error they end with."""

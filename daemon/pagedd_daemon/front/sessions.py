@@ -17,6 +17,7 @@ from typing import Any
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.errors import WireError, limit_error
+from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Rendered, Timer
 from pagedd_daemon.front.models import Model
 from pagedd_daemon.front.pins import Pins
@@ -132,8 +133,17 @@ class Turn:
 class Sessions:
     """The sessions of one connection."""
 
-    def __init__(self, at_most: int, clock: Clock, account: Account, pins: Pins) -> None:
-        self._at_most = at_most
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Clock,
+        account: Account,
+        pins: Pins,
+        everybodys: set[Session],
+    ) -> None:
+        """``everybodys``: the open sessions of all connections."""
+        self._limits = limits
+        self._everybodys = everybodys
         self._clock = clock
         self._account = account
         self._pins = pins
@@ -200,11 +210,15 @@ class Sessions:
         return self._add(fresh)
 
     def _add(self, session: Session) -> str:
-        if len(self._sessions) >= self._at_most:
-            count = len(self._sessions) + 1
-            raise limit_error("sessions_per_connection", count, self._at_most)
+        for count, name, most in (
+            (len(self._sessions), "sessions_per_connection", self._limits.sessions_per_connection),
+            (len(self._everybodys), "sessions_total", self._limits.sessions_total),
+        ):
+            if count >= most:
+                raise limit_error(name, count + 1, most)
         session.id = secrets.token_hex(8)
         self._sessions[session.id] = session
+        self._everybodys.add(session)
         self._touch(session)
         return session.id
 
@@ -230,4 +244,5 @@ class Sessions:
             session.timer.cancel()
             session.timer = None
         del self._sessions[session.id]
+        self._everybodys.discard(session)
         self._pins.unpin(session)

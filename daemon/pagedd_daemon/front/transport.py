@@ -13,10 +13,11 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from pagedd_daemon.front.listener import (
     raise_descriptor_limit,
 )
 from pagedd_daemon.front.ports import Connection, Event, Service
+from pagedd_daemon.front.rates import Rates
 from pagedd_daemon.front.router import Router, refuse_identity
 from pagedd_daemon.front.zmqloop import Watched
 
@@ -53,6 +55,8 @@ _IDENTIFY_S = 2.0
 """How long it may take to read what program a peer is; then it is served as an unknown one."""
 _GUARD_S = 1.0
 """While clients wait for room: how often to look again."""
+_GLANCE_NODES = 64
+"""Values of a refused message among which its id is looked for: to refuse must be cheap."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +94,8 @@ class ZmqTransport:
         self._path = socket_dir
         self._inherited = inherited
         self._limits = limits
+        self._glance = replace(limits, total_nodes=_GLANCE_NODES, map_entries=_GLANCE_NODES)
+        self._rates = Rates(limits, time.monotonic)
         self._service = service
         self._authenticator = Authenticator()
         self._peers: dict[bytes, _Peer] = {}
@@ -100,6 +106,8 @@ class ZmqTransport:
         self._by_pid: dict[int, tuple[int, set[_Peer]]] = {}
         """Process -> its pidfd and connections."""
         self._last_number = 0
+        self._waiting_bytes = 0
+        """Of all peers."""
         self._dirty: list[_Peer] = []
         self._blocked: dict[_Peer, None] = {}
         """Peers whose queue in libzmq is full, longest first."""
@@ -225,6 +233,7 @@ class ZmqTransport:
     def _queue(self, peer: _Peer, packed: bytes) -> None:
         peer.waiting.append(packed)
         peer.bytes += len(packed)
+        self._waiting_bytes += len(packed)
         if not peer.queued:
             peer.queued = True
             self._dirty.append(peer)
@@ -254,6 +263,7 @@ class ZmqTransport:
             count, size = _batch(waiting)
             self._data.body(wire.join_events([waiting.popleft() for _ in range(count)]))
             peer.bytes -= size
+            self._waiting_bytes -= size
         if not waiting:
             self._unblock(peer)
         if peer.open:
@@ -283,6 +293,20 @@ class ZmqTransport:
                 peer.bytes,
             )
             self._drop(peer)
+        elif self._waiting_bytes > self._limits.output_bytes_total:
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """Disconnects who has most waiting: many that do not read take more than the front has."""
+        peer = max(self._peers.values(), key=lambda peer: peer.bytes)
+        log.warning(
+            "connection %d (%s) closed: %d bytes wait for it, and %d for all",
+            peer.connection.number,
+            peer.connection.app,
+            peer.bytes,
+            self._waiting_bytes,
+        )
+        self._drop(peer)
 
     def _retry(self) -> None:
         """Tries the peers whose queue was full.
@@ -315,6 +339,7 @@ class ZmqTransport:
         peer = self._peers.get(route)
         id = ""
         try:
+            self._count(user, frames)
             message = wire.decode([frame.bytes for frame in frames], self._limits)
             request = wire.parse_data(message, self._limits)
             id = request.id
@@ -427,6 +452,7 @@ class ZmqTransport:
         peer.open = False
         connection = peer.connection
         peer.waiting.clear()
+        self._waiting_bytes -= peer.bytes
         peer.bytes = 0
         self._unblock(peer)
         del self._peers[peer.route]
@@ -492,6 +518,7 @@ class ZmqTransport:
         id = ""
         try:
             refuse_identity(route)
+            self._count(user, frames)
             message = wire.decode([frame.bytes for frame in frames], self._limits)
             request = wire.parse_control(message, self._limits)
             id = request.id
@@ -509,6 +536,18 @@ class ZmqTransport:
         self._reconsider()
 
     # ---------------------------------------------------------------------------------- all of them
+
+    def _count(self, user: Credentials, frames: list[zmq.Frame]) -> None:
+        """Refuses a message of a process that sends too many, before it is looked at.
+
+        Raises:
+            WireError: ``E_BUSY``.
+        """
+        try:
+            self._rates.spend(user, sum(map(len, frames)))
+        except WireError as error:
+            error.id = wire.salvaged_id(frames[0].bytes if frames else b"", self._glance)
+            raise
 
     def _authenticate(self) -> None:
         for _ in range(_BATCH):

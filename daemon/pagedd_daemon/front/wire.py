@@ -169,8 +169,8 @@ def _survey(data: bytes, limits: Limits) -> None:
         raise _malformed(f"{len(data) - end} bytes follow the message")
 
 
-def _salvage_id(data: bytes, limits: Limits) -> str:
-    """The id in a message that cannot be decoded; ``""`` unless it stands before what is wrong."""
+def salvaged_id(data: bytes, limits: Limits) -> str:
+    """The id in a message that is not decoded; ``""`` unless it stands before what is wrong."""
     try:
         first = data[0]
         if not (0x80 <= first <= 0x8F or first in (0xDE, 0xDF)):
@@ -239,7 +239,7 @@ def decode(frames: Sequence[bytes], limits: Limits = DEFAULT_LIMITS) -> dict[str
     try:
         return _decode(data, limits)
     except WireError as error:
-        error.id = _salvage_id(data, limits)
+        error.id = salvaged_id(data, limits)
         raise
 
 
