@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("hypothesis_seed", default=None) is None:
         config.option.hypothesis_seed = secrets.randbelow(2**32)
+    os.environ["PAGEDD_DEBUGGABLE"] = "1"  # tests look into /proc, without being root
     if not wants_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -114,6 +114,7 @@ def environment(folder: Path) -> dict[str, str]:
         path = folder / name.lower()
         path.mkdir(mode=0o700, exist_ok=True)
         env[f"XDG_{name}"] = str(path)
+    env["PAGEDD_DEBUGGABLE"] = "1"  # tests look into /proc, without being root
     return env | {"PAGEDD_HOST": f"unix://{folder / 'run' / 'pagedd.sock'}", "COLUMNS": "120"}
 
 

@@ -16,6 +16,7 @@ from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.loop import Disconnected, FrontLink, run
 from pagedd_daemon.engine.vram import Watch
+from pagedd_daemon.privacy import keep_private
 
 log = logging.getLogger("pagedd.engine")
 
@@ -73,6 +74,7 @@ def main() -> int:
     logging.basicConfig(
         level=arguments.log_level.upper(), format="%(asctime)s engine %(levelname)s %(message)s"
     )
+    keep_private()
     # The front decides when to stop; a Ctrl-C in the terminal reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = FrontLink(socket.socket(fileno=arguments.fd))

@@ -39,6 +39,7 @@ from pagedd_daemon.front.service import FrontService
 from pagedd_daemon.front.source import ModelSource
 from pagedd_daemon.front.transport import ZmqTransport
 from pagedd_daemon.models.registry import Registry
+from pagedd_daemon.privacy import keep_private
 from pagedd_daemon.private_files import KEY_NAME, secret
 
 log = logging.getLogger("pagedd")
@@ -271,6 +272,7 @@ def main(settings: Settings) -> int:
         format="%(asctime)s %(name)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    keep_private()
 
     try:
         sockets = _inherited(settings)

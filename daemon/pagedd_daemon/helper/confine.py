@@ -11,6 +11,7 @@ import socket
 import threading
 
 from pagedd_daemon.helper.protocol import HelperLimits
+from pagedd_daemon.privacy import keep_private
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -19,7 +20,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 def confine(limits: HelperLimits) -> None:
     """Limit this process, and tie its life to its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the front
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    keep_private()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits.descriptors, limits.descriptors))
     libc = ctypes.CDLL(None, use_errno=True)
     for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):

@@ -215,6 +215,21 @@ def _settings() -> Iterator[Finding]:
     yield Finding("settings", "ok", f"{path}" if path.exists() else "all by default")
 
 
+def _isolation() -> Iterator[Finding]:
+    """What the daemon checks of itself before it serves, and what its processes rely on."""
+    try:
+        module = daemon_module("front.isolation")
+    except CommandError:
+        return
+    found = False
+    for trouble, advice in module.troubles(_paths.config_file()):
+        found = True
+        yield Finding("isolation", "fail", trouble, advice)
+    if not found:
+        said = "who must be refused is refused; no core dumps; helpers are confined"
+        yield Finding("isolation", "ok", said)
+
+
 def _socket() -> Iterator[Finding]:
     data = _paths.resolve_host(None)
     folder = data.parent
@@ -260,5 +275,6 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _folders,
     _models,
     _settings,
+    _isolation,
     _socket,
 )
