@@ -60,6 +60,7 @@ def test_pieces_are_the_bytes_of_a_text_token_by_token(client: pagedd.Client) ->
 def test_render_says_what_chat_would_read(client: pagedd.Client) -> None:
     messages = [{"role": "user", "content": "Good evening"}]
     rendered = client.render(messages)
+    assert rendered.model == "simulated"
     assert "Good evening" in rendered.text
     with client.chat(messages, max_tokens=1) as stream:
         stream.wait()

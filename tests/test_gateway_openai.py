@@ -14,7 +14,7 @@ import pytest
 
 import pagedd
 from tests.support.daemon import RunningDaemon, running_daemon
-from tests.support.gateway import Use, events, running_gateway, with_gateway
+from tests.support.gateway import ask, got, run, running_gateway, streamed, with_gateway
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -24,28 +24,6 @@ GREEDY = {"temperature": 0, "max_tokens": 8}
 def daemon() -> Iterator[RunningDaemon]:
     with running_daemon(model="simulated") as running:
         yield running
-
-
-def run(daemon: RunningDaemon, use: Use, **settings: Any) -> None:
-    with_gateway(daemon.host, use, **settings)
-
-
-async def ask(client: httpx.AsyncClient, path: str, **body: Any) -> httpx.Response:
-    return await client.post(f"/v1/{path}", json=body)
-
-
-async def got(client: httpx.AsyncClient, path: str, **body: Any) -> Any:
-    response = await ask(client, path, **body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-async def streamed(client: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
-    response = await ask(client, path, stream=True, **body)
-    assert response.status_code == 200, response.text
-    found = events(response)
-    assert found[-1] == "[DONE]"
-    return found[:-1]
 
 
 async def until(happened: Callable[[], bool]) -> None:

@@ -39,6 +39,32 @@ def with_gateway(host: str, use: Use, **settings: Any) -> None:
     asyncio.run(asyncio.wait_for(main(), ANSWER_S))
 
 
+def run(daemon: RunningDaemon, use: Use, **settings: Any) -> None:
+    """`with_gateway` of a daemon that runs."""
+    with_gateway(daemon.host, use, **settings)
+
+
+async def ask(client: httpx.AsyncClient, path: str, **body: Any) -> httpx.Response:
+    """One request of OpenAI's interface."""
+    return await client.post(f"/v1/{path}", json=body)
+
+
+async def got(client: httpx.AsyncClient, path: str, **body: Any) -> Any:
+    """Its answer, which must be one."""
+    response = await ask(client, path, **body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def streamed(client: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
+    """The documents of its stream, which must end well."""
+    response = await ask(client, path, stream=True, **body)
+    assert response.status_code == 200, response.text
+    found = events(response)
+    assert found[-1] == "[DONE]"
+    return found[:-1]
+
+
 def client_of(app: Any) -> httpx.AsyncClient:
     """A client of an application in this process; it hears a reply once that is whole."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

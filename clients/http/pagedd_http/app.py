@@ -38,8 +38,10 @@ def create_app(settings: Settings | None = None) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await daemon.close()
+        try:
+            yield
+        finally:
+            await daemon.close()
 
     app = Starlette(
         routes=[route for interface in INTERFACES for route in interface.routes],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 
 from pagedd import AsyncClient
+from pagedd_http.chatting import Forms
 from pagedd_http.daemon import Daemon
 from pagedd_http.guard import APP
 from pagedd_http.pieces import Pieces
@@ -16,6 +17,7 @@ class Gateway:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self.pieces = Pieces()
+        self.forms = Forms()
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -20,7 +20,7 @@ class Pieces:
         self._known: dict[tuple[str, int], bytes] = {}
 
     async def of(self, client: AsyncClient, model: str, tokens: Iterable[int]) -> dict[int, bytes]:
-        """The bytes of each of these tokens of the model that is loaded.
+        """The bytes of each of these tokens of a model.
 
         Raises:
             PageddError: The daemon cannot say.
@@ -32,6 +32,6 @@ class Pieces:
             new = list(wanted)
         for start in range(0, len(new), PER_QUESTION):
             some = new[start : start + PER_QUESTION]
-            for token, piece in zip(some, await client.pieces(some), strict=True):
+            for token, piece in zip(some, await client.pieces(some, model=model), strict=True):
                 self._known[model, token] = piece
         return {token: self._known[model, token] for token in wanted}

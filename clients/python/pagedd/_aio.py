@@ -122,20 +122,30 @@ class AsyncClient:
         )
 
     async def tokenize(
-        self, text: str, *, special: bool = False, bos: bool = True, timeout: float | None = None
+        self,
+        text: str,
+        *,
+        model: str | None = None,
+        special: bool = False,
+        bos: bool = True,
+        timeout: float | None = None,
     ) -> list[int]:
         """Token ids of a text; arguments as `Client.tokenize`."""
-        fields = {"text": text, "special": special, "bos": bos}
+        fields = {"model": model, "text": text, "special": special, "bos": bos}
         return list(_verbs.unpack_tokens((await self._ask("tokenize", fields, timeout))["tokens"]))
 
-    async def detokenize(self, tokens: Sequence[int], *, timeout: float | None = None) -> str:
+    async def detokenize(
+        self, tokens: Sequence[int], *, model: str | None = None, timeout: float | None = None
+    ) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        fields = {"tokens": _verbs.pack_tokens(tokens)}
+        fields = {"model": model, "tokens": _verbs.pack_tokens(tokens)}
         return str((await self._ask("detokenize", fields, timeout))["text"])
 
-    async def pieces(self, tokens: Sequence[int], *, timeout: float | None = None) -> list[bytes]:
+    async def pieces(
+        self, tokens: Sequence[int], *, model: str | None = None, timeout: float | None = None
+    ) -> list[bytes]:
         """The bytes each token stands for; they may be part of a character."""
-        fields = {"tokens": _verbs.pack_tokens(tokens), "pieces": True}
+        fields = {"model": model, "tokens": _verbs.pack_tokens(tokens), "pieces": True}
         return list((await self._ask("detokenize", fields, timeout))["pieces"])
 
     async def render(
@@ -144,10 +154,12 @@ class AsyncClient:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
+        model: str | None = None,
         timeout: float | None = None,
     ) -> RenderedChat:
         """What the model would read for these arguments of `chat`; nothing is generated."""
-        fields = _verbs.chat(messages, tools, template_args, {})
+        options = {} if model is None else {"model": model}
+        fields = _verbs.chat(messages, tools, template_args, options)
         return _verbs.rendered(await self._ask("render", fields, timeout))
 
     async def models(self, *, timeout: float | None = None) -> list[dict[str, Any]]:

@@ -252,27 +252,38 @@ class Client(Control):
         return Session(self, str(self._ask("session.open", fields, timeout)["session"]))
 
     def tokenize(
-        self, text: str, *, special: bool = False, bos: bool = True, timeout: float | None = None
+        self,
+        text: str,
+        *,
+        model: str | None = None,
+        special: bool = False,
+        bos: bool = True,
+        timeout: float | None = None,
     ) -> list[int]:
         """Token ids of a text.
 
         Args:
             text: What to tokenise.
+            model: Whose tokens; None: those of the loaded one.
             special: Read text like ``<|im_end|>`` as the special token and not as plain text.
             bos: Add the model's start token where the model wants one.
             timeout: Seconds.
         """
-        fields = {"text": text, "special": special, "bos": bos}
+        fields = {"model": model, "text": text, "special": special, "bos": bos}
         return list(_verbs.unpack_tokens(self._ask("tokenize", fields, timeout)["tokens"]))
 
-    def detokenize(self, tokens: Sequence[int], *, timeout: float | None = None) -> str:
+    def detokenize(
+        self, tokens: Sequence[int], *, model: str | None = None, timeout: float | None = None
+    ) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        fields = {"tokens": _verbs.pack_tokens(tokens)}
+        fields = {"model": model, "tokens": _verbs.pack_tokens(tokens)}
         return str(self._ask("detokenize", fields, timeout)["text"])
 
-    def pieces(self, tokens: Sequence[int], *, timeout: float | None = None) -> list[bytes]:
+    def pieces(
+        self, tokens: Sequence[int], *, model: str | None = None, timeout: float | None = None
+    ) -> list[bytes]:
         """The bytes each token stands for; they may be part of a character."""
-        fields = {"tokens": _verbs.pack_tokens(tokens), "pieces": True}
+        fields = {"model": model, "tokens": _verbs.pack_tokens(tokens), "pieces": True}
         return list(self._ask("detokenize", fields, timeout)["pieces"])
 
     def render(
@@ -281,10 +292,12 @@ class Client(Control):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
+        model: str | None = None,
         timeout: float | None = None,
     ) -> RenderedChat:
         """What the model would read for these arguments of `chat`; nothing is generated."""
-        fields = _verbs.chat(messages, tools, template_args, {})
+        options = {} if model is None else {"model": model}
+        fields = _verbs.chat(messages, tools, template_args, options)
         return _verbs.rendered(self._ask("render", fields, timeout))
 
     def models(self, *, timeout: float | None = None) -> list[dict[str, Any]]:

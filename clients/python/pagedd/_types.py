@@ -137,5 +137,6 @@ class SessionSummary:
 class RenderedChat:
     """A conversation as the model's chat template writes it, up to where the reply begins."""
 
+    model: str
     text: str
     tokens: tuple[int, ...]

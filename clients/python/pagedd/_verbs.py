@@ -184,7 +184,7 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
 
 def rendered(result: Mapping[str, Any]) -> RenderedChat:
     """The result of ``render``."""
-    return RenderedChat(str(result["text"]), unpack_tokens(result["tokens"]))
+    return RenderedChat(str(result["model"]), str(result["text"]), unpack_tokens(result["tokens"]))
 
 
 def _plain(items: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -408,6 +408,7 @@ class Tokenize(Request):
 
     verb = "tokenize"
 
+    model: Name | None = None
     text: str
     special: bool = False
     bos: bool = True
@@ -418,6 +419,7 @@ class Detokenize(Request):
 
     verb = "detokenize"
 
+    model: Name | None = None
     tokens: Tokens
     pieces: bool = False
     """Say the bytes of each token, too."""
@@ -428,6 +430,7 @@ class Render(Request):
 
     verb = "render"
 
+    model: Name | None = None
     messages: SomeMessages
     tools: Tools = Field(default_factory=list)
     template_args: TemplateArgs = Field(default_factory=dict)

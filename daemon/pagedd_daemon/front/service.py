@@ -380,15 +380,19 @@ class FrontService:
             self._result(call, peer.sessions.answer(request))
         elif isinstance(request, r.Tokenize):
             text = request
-            self._with_model(call, None, lambda m: self._later(call, self._tokenize(call, text, m)))
+            self._with_model(
+                call, text.model, lambda m: self._later(call, self._tokenize(call, text, m))
+            )
         elif isinstance(request, r.Detokenize):
             tokens = request
             self._with_model(
-                call, None, lambda m: self._later(call, self._detokenize(call, tokens, m))
+                call, tokens.model, lambda m: self._later(call, self._detokenize(call, tokens, m))
             )
         elif isinstance(request, r.Render):
             chat = request
-            self._with_model(call, None, lambda m: self._later(call, self._render(call, chat, m)))
+            self._with_model(
+                call, chat.model, lambda m: self._later(call, self._render(call, chat, m))
+            )
         elif isinstance(request, r.Models):
             self._later(call, self._list(call))
         elif isinstance(request, r.Load):
@@ -452,7 +456,8 @@ class FrontService:
         rendered = await model.text.chat(
             Conversation(request.messages, request.tools, request.template_args)
         )
-        self._result(call, {"text": rendered.text, "tokens": pack_ids(rendered.ids)})
+        told = {"text": rendered.text, "tokens": pack_ids(rendered.ids)}
+        self._result(call, {**told, "model": model.entry.name})
 
     async def _detokenize(self, call: Call, request: r.Detokenize, model: Model) -> None:
         ids = unpack_ids(request.tokens)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pagedd import GenerateOptions
+from pagedd_http.chatting import Conversation
 from pagedd_http.errors import ApiError
+from pagedd_http.tools import Function
 
 TO_THE_END = 2**31 - 1
 """``max_tokens`` of a chat that names none: up to the model's context, where the daemon cuts it."""
+
+LENIENT = {"x-guidance": {"whitespace_flexible": False, "lenient": True}}
+"""Put into a schema that is not ``strict``: what cannot be enforced of it is left out."""
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that names none, by the API reference."""
@@ -145,6 +150,10 @@ class FunctionSpec(OpenAIBody):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def plain(self) -> Function:
+        """Without OpenAI's wrapping."""
+        return Function(self.name, self.description or "", self.parameters or {})
+
 
 class Tool(OpenAIBody):
     """One of ``tools``."""
@@ -175,13 +184,17 @@ class ChatBody(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def chat_options(self) -> GenerateOptions:
-        """`options` and the fields of chats; tools are not among them."""
+    def conversation(self) -> Conversation:
+        """What the model is to answer.
+
+        Raises:
+            ApiError: A message, a schema or the choice of a tool is wrong.
+        """
         options = self.options()
         options["max_tokens"] = self.max_completion_tokens or self.max_tokens or TO_THE_END
         if self.logprobs:
@@ -189,7 +202,26 @@ class ChatBody(Generation):
         schema = self._schema()
         if schema is not None:
             options["json_schema"] = schema
-        return options
+        functions = tuple(tool.function.plain() for tool in self.tools or ())
+        required = self.tool_choice == "required"
+        if self.tool_choice == "none":
+            functions = ()
+        elif isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            functions = tuple(f for f in functions if f.name == name)
+            required = True
+            if not functions:
+                raise ApiError(400, f"tool_choice: no tool is called {name!r}", param="tool_choice")
+        if required and not functions:
+            raise ApiError(400, "tool_choice: there are no tools", param="tool_choice")
+        return Conversation(
+            messages=messages_of(self.messages),
+            options=options,
+            functions=functions,
+            required=required,
+            parallel=self.parallel_tool_calls is not False,
+            template_args=self.chat_template_kwargs or {},
+        )
 
     def _schema(self) -> Mapping[str, Any] | None:
         """The schema the text has to match."""
@@ -201,10 +233,11 @@ class ChatBody(Generation):
         if wanted.json_schema is None or wanted.json_schema.schema_ is None:
             param = "response_format.json_schema"
             raise ApiError(400, f"{param}: it has no schema", param=param)
-        return wanted.json_schema.schema_
+        schema = wanted.json_schema.schema_
+        return schema if wanted.json_schema.strict else {**schema, **LENIENT}
 
 
-def messages_of(body: ChatBody) -> list[dict[str, Any]]:
+def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation as chat templates know it.
 
     Text parts become text, ``developer`` becomes ``system``, and the arguments of earlier tool
@@ -213,7 +246,7 @@ def messages_of(body: ChatBody) -> list[dict[str, Any]]:
     Raises:
         ApiError: A message has no role, or holds what a text model cannot read.
     """
-    return [_message(message, f"messages.{at}") for at, message in enumerate(body.messages)]
+    return [_message(message, f"messages.{at}") for at, message in enumerate(messages)]
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
