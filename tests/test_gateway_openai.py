@@ -14,7 +14,7 @@ import pytest
 
 import pagedd
 from tests.support.daemon import RunningDaemon, running_daemon
-from tests.support.gateway import ask, got, run, running_gateway, streamed, with_gateway
+from tests.support.gateway import ask, events, got, run, running_gateway, streamed, with_gateway
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -212,6 +212,71 @@ def test_chat_logprobs_have_bytes_and_alternatives(daemon: RunningDaemon) -> Non
     run(daemon, use)
 
 
+# --------------------------------------------------------------------------------------- responses
+
+
+def test_a_response_is_the_same_at_once_and_as_events(daemon: RunningDaemon) -> None:
+    asked = {"input": "hello", "instructions": "Be terse.", "temperature": 0}
+
+    async def use(client: httpx.AsyncClient) -> None:
+        whole = await got(client, "responses", max_output_tokens=8, **asked)
+        assert (whole["object"], whole["status"]) == ("response", "incomplete")
+        assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert whole["usage"]["output_tokens"] == 8
+        text = whole["output"][0]["content"][0]["text"]
+        response = await ask(client, "responses", stream=True, max_output_tokens=8, **asked)
+        found = events(response)
+        assert [event["sequence_number"] for event in found] == list(range(len(found)))
+        kinds = [event["type"] for event in found]
+        assert kinds[:2] == ["response.created", "response.in_progress"]
+        assert kinds[-1] == "response.incomplete"
+        deltas = [e["delta"] for e in found if e["type"] == "response.output_text.delta"]
+        assert "".join(deltas) == text
+        last = found[-1]["response"]
+        assert last["output"][0]["content"] == whole["output"][0]["content"]
+        parts = [
+            {"role": "developer", "content": "Be terse."},
+            {
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "hello"}],
+            },
+        ]
+        again = await got(client, "responses", input=parts, temperature=0, max_output_tokens=8)
+        assert again["output"][0]["content"] == whole["output"][0]["content"]
+        shape: dict[str, Any] = {
+            "type": "object",
+            "properties": {"a": {"enum": [1]}},
+            "required": ["a"],
+        }
+        shape["additionalProperties"] = False
+        kept = {"format": {"type": "json_schema", "name": "x", "schema": shape, "strict": True}}
+        done = await got(client, "responses", input="x", text=kept)
+        assert done["output"][0]["content"][0]["text"] == '{"a":1}'
+        assert done["status"] == "completed"
+
+    run(daemon, use)
+
+
+def test_text_becomes_tokens_and_tokens_text(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        told = (await client.post("/tokenize", json={"content": "hé"})).json()
+        assert told == {"tokens": [104, 195, 169], "count": 3}
+        assert (await client.post("/tokenize", json={"prompt": "hé"})).json() == told
+        back = await client.post("/detokenize", json={"tokens": told["tokens"]})
+        assert back.json()["content"] == "hé"
+        for path, body, status in (
+            ("/tokenize", {}, 400),
+            ("/tokenize", {"content": "x", "model": "nobody"}, 404),
+            ("/detokenize", {"tokens": [-1]}, 400),
+            ("/detokenize", {"tokens": [9999]}, 400),
+        ):
+            response = await client.post(path, json=body)
+            assert response.status_code == status, response.text
+
+    run(daemon, use)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
@@ -224,6 +289,10 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("completions", {"prompt": [70_000]}, 400, "E_TOKEN_ID", None),
     ("completions", {"prompt": "x" * 9000}, 400, "context_length_exceeded", None),
     ("completions", {"prompt": "x", "model": "gpt-4o"}, 404, "model_not_found", None),
+    ("responses", {"input": []}, 400, "invalid_body", None),
+    ("responses", {"input": [{"type": "reasoning"}]}, 400, "unsupported_content", "input.0"),
+    ("responses", {"input": "x", "tools": [{"type": "web_search"}]}, 400, "unsupported", "tools"),
+    ("responses", {"input": "x", "previous_response_id": "y"}, 400, "unsupported", None),
     ("chat/completions", {"messages": []}, 400, "invalid_body", "messages"),
     ("chat/completions", {"messages": [{}]}, 400, "invalid_request", "messages.0.role"),
     ("chat/completions", {"messages": HELLO, "n": 0}, 400, "invalid_body", "n"),

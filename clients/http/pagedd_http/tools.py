@@ -163,8 +163,8 @@ def grammar(
         lines = [f"start: {begin} call{more}"]
     elif answer is not None:
         # No text before a call: the lexer could not tell it from the parts of the answer.
-        schema = json.dumps({"x-guidance": {"whitespace_flexible": False}, **answer})
-        lines = [f"start: answer | {begin} call{more}", f"answer: %json {schema}"]
+        told = json.dumps({"x-guidance": {"whitespace_flexible": False}, **answer})
+        lines = [f"start: answer | {begin} call{more}", f"answer: %json {told}"]
     else:
         opened = (form.before + form.head).split(mark, 1)[1]
         rest = f" {_text(opened)}" if opened else ""

@@ -1,4 +1,4 @@
-"""OpenAI's interface: completions, chat completions, models.
+"""OpenAI's interface: completions, chat completions, responses, models.
 
 Shapes are those of the published API reference, as the ``openai`` package reads them.
 """
@@ -6,11 +6,17 @@ Shapes are those of the published API reference, as the ``openai`` package reads
 from __future__ import annotations
 
 from pagedd_http.interfaces import Interface
-from pagedd_http.openai import chat, completions, models
+from pagedd_http.openai import chat, completions, models, responses, tokens
 from pagedd_http.openai.replies import error_body
 
 INTERFACE = Interface(
     prefixes=("/v1/",),
-    routes=[*models.routes, *completions.routes, *chat.routes],
+    routes=[
+        *models.routes,
+        *completions.routes,
+        *chat.routes,
+        *responses.routes,
+        *tokens.routes,
+    ],
     error_body=error_body,
 )

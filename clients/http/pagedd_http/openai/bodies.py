@@ -237,6 +237,85 @@ class ChatBody(Generation):
         return schema if wanted.json_schema.strict else {**schema, **LENIENT}
 
 
+class TextFormat(OpenAIBody):
+    """``text.format`` of a response: a ``response_format`` whose schema is not nested."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextOptions(OpenAIBody):
+    """``text`` of a response."""
+
+    format: TextFormat = Field(default_factory=TextFormat)
+
+
+class ResponsesBody(OpenAIBody):
+    """``POST /v1/responses``."""
+
+    model: str | None = None
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    stream: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    previous_response_id: str | None = None
+
+    def conversation(self) -> Conversation:
+        """What the model is to answer.
+
+        Raises:
+            ApiError: It needs what is not there, or an input is none.
+        """
+        if self.previous_response_id:
+            what = "previous_response_id: responses are not stored, send the whole input"
+            raise ApiError(400, what, code="unsupported", param="previous_response_id")
+        if self.tools:
+            what = "tools: /v1/chat/completions has them"
+            raise ApiError(400, what, code="unsupported", param="tools")
+        items = (
+            [{"role": "user", "content": self.input}]
+            if isinstance(self.input, str)
+            else [_input(item, f"input.{at}") for at, item in enumerate(self.input)]
+        )
+        if self.instructions:
+            items = [{"role": "system", "content": self.instructions}, *items]
+        chat = ChatBody(
+            model=self.model,
+            messages=items,
+            max_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            response_format=self._response_format(),
+        )
+        return chat.conversation()
+
+    def format_told(self) -> dict[str, Any]:
+        """The format as a response repeats it."""
+        return (self.text or TextOptions()).format.model_dump(by_alias=True, exclude_none=True)
+
+    def _response_format(self) -> ResponseFormat | None:
+        if self.text is None:
+            return None
+        wanted = self.text.format
+        nested = JsonSchema.model_validate({"schema": wanted.schema_, "strict": wanted.strict})
+        return ResponseFormat(type=wanted.type, json_schema=nested)
+
+
+def _input(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if item.get("type", "message") != "message":
+        kind = item["type"]
+        raise ApiError(
+            400, f"{where}: {kind!r} is no message", code="unsupported_content", param=where
+        )
+    return {key: item[key] for key in ("role", "content") if key in item}
+
+
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation as chat templates know it.
 
