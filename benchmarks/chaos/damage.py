@@ -273,7 +273,7 @@ class GgufDamage:
             else:
                 parts.tensors += [_Tensor(b"t%d" % i, [1], 0, 0) for i in range(count)]
         else:
-            count = self._dice.choice((1000, 1000, 1000, 100_000))
+            count = self._dice.choice((1000, 1000, 1000, 20_000))
             parts.entries.append((b"n", _ARRAY, struct.pack("<IQ", 10, count) + bytes(8 * count)))
 
 
