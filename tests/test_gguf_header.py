@@ -331,7 +331,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "huge dimension": ("impossible shape", lambda p: file_of(p, None, [tensor("a", (HUGE,))])),
     "tensor type": ("unknown type 42", lambda p: file_of(p, None, [tensor("a", kind=42)])),
     "removed tensor type": ("unknown type 4", lambda p: file_of(p, None, [tensor("a", kind=4)])),
-    "a vector of integers": (
+    "integers": (
         "of I32, which is no type of weights",
         lambda p: file_of(p, None, [tensor("a", kind=26)]),
     ),

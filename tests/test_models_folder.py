@@ -429,6 +429,12 @@ def test_an_index_cannot_name_a_file_elsewhere(name: str, sharded: Path) -> None
     assert "outside its folder" in error.message
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_an_index_may_name_what_no_file_can_be_called(name: str, sharded: Path) -> None:
+    index_of(sharded, lambda index: index["weight_map"].update({"lm_head.weight": name}))
+    assert "is missing" in refusal(sharded).message
+
+
 def test_an_index_that_names_tensors_that_are_not_there_is_refused(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[0].name
     index_of(sharded, lambda index: index["weight_map"].update({"none": shard}))

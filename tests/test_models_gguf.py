@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,10 @@ WRONG: dict[str, tuple[str, dict[str, npt.NDArray[Any] | None]]] = {
     "missing": ("has no tensor", {"blk.0.ffn_up.weight": None}),
     "no embedding": ("has no tensor", {"token_embd.weight": None}),
     "shape": ("of shape [32, 32]; by", {"blk.0.attn_k.weight": np.ones((32, 32), np.float32)}),
-    "type": ("cannot read; llama.cpp may", {"blk.0.ffn_norm.weight": np.ones(32, np.int32)}),
+    "type": (
+        "of I32, which is no type of weights",
+        {"blk.0.ffn_norm.weight": np.ones(32, np.int32)},
+    ),
     "head": ("of shape [21, 32]", {"output.weight": np.ones((21, 32), np.float32)}),
     "unknown": ("models do not have", {"blk.0.attn_output.bias": np.ones(32, np.float32)}),
     "divisors": ("of F32 [8] and not of F32 [4]", {"rope_freqs.weight": np.ones(8, np.float32)}),
@@ -194,6 +198,18 @@ def test_a_wrong_tensor_is_named_before_memory_is_taken(case: str, tmp_path: Pat
     (name,) = tensors
     assert error.details["tensor"] == name
     assert repr(name) in error.message
+
+
+def test_a_type_that_llama_cpp_alone_reads_is_refused_and_llama_cpp_offered(
+    tmp_path: Path,
+) -> None:
+    stored = read_gguf_model(small_file(tmp_path / "a.gguf"))
+    name = "blk.0.ffn_up.weight"
+    other = dataclasses.replace(stored.tensors[name], kind="IQ4_NL")
+    changed = dataclasses.replace(stored, tensors={**stored.tensors, name: other})
+    with pytest.raises(ModelFileError, match=r"cannot read; llama\.cpp may") as caught:
+        changed.plan()
+    assert caught.value.details == {"tensor": name, "type": "IQ4_NL", "path": str(stored.path)}
 
 
 @pytest.mark.parametrize(

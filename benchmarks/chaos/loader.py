@@ -14,13 +14,18 @@ from pagedd_daemon.models.errors import ModelError
 from pagedd_daemon.models.gguf_header import read_header
 
 
-def _with_llama() -> Callable[[Path], None]:
-    """The vocabulary as the helper reads it, then the weights, and a token computed with them."""
-    from pagedd_daemon.backends.llama_api import Context, ContextOptions, Model
+def _as_helper() -> Callable[[Path], None]:
+    """The vocabulary alone."""
     from pagedd_daemon.helper.vocabulary import LlamaVocabulary
 
+    return lambda path: LlamaVocabulary(read_header(path)).close()
+
+
+def _with_llama() -> Callable[[Path], None]:
+    """The weights, and a token computed with them."""
+    from pagedd_daemon.backends.llama_api import Context, ContextOptions, Model
+
     def load(path: Path) -> None:
-        LlamaVocabulary(read_header(path)).close()
         try:
             model = Model(str(path), lambda _: None)
         except OSError as error:
@@ -56,7 +61,7 @@ def main() -> int:
     """For each path on standard input a line: ``loaded``, ``refused`` or ``wrong``, seconds, and
     what was said."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    load = {"llama": _with_llama, "torch": _with_torch}[sys.argv[1]]()
+    load = {"helper": _as_helper, "llama": _with_llama, "torch": _with_torch}[sys.argv[1]]()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     print("ready", file=answers, flush=True)

@@ -165,26 +165,28 @@ class Mutants:
         self._good = write_tiny_model(folder / "good.gguf")
         self._gguf = GgufDamage(Gguf.read(self._good), self._dice)
         self._folder = FolderDamage(self._dice)
-        self._loaders = {kind: Loader(kind) for kind in ("llama", "torch")}
-        # A thread for each: they wait, while the next files are made and checked.
-        self._threads = {kind: ThreadPoolExecutor(1) for kind in self._loaders}
+        self._loaders = {kind: Loader(kind) for kind in ("helper", "llama", "torch")}
+        # They wait, while the next files are made and checked; helper and engine for each other.
+        self._threads = {kind: ThreadPoolExecutor(1) for kind in ("llama", "torch")}
+        self._turns = {"helper": "llama", "llama": "llama", "torch": "torch"}
         self._loading: deque[tuple[Path, list[Future[None]]]] = deque()
         self.outcome = Outcome()
 
     def run(self, count: int) -> Outcome:
         """Make so many, check each, and load those that pass."""
         try:
-            for kind, thread in self._threads.items():
+            for kind, thread in self._turns.items():
                 # The first load takes what a process does once.
-                thread.submit(self._loaders[kind].load, self._good)
+                self._threads[thread].submit(self._loaders[kind].load, self._good)
             for at in range(count):
                 self._one(at)
                 self._loaded(_AHEAD)
             self._loaded(0)
         finally:
-            for kind, thread in self._threads.items():
-                thread.submit(self._loaders[kind].close)
-                thread.shutdown()
+            for kind, thread in self._turns.items():
+                self._threads[thread].submit(self._loaders[kind].close)
+            for pool in self._threads.values():
+                pool.shutdown()
         self.outcome.mutants = count
         return self.outcome
 
@@ -198,9 +200,9 @@ class Mutants:
             path = self._root / f"{at}.gguf"
             path.write_bytes(raw)
         name = f"mutant {at} ({how})"
-        kinds = ("torch",) if at % 2 else ("llama", "torch")
         accepted = self._accepted(path, name)
-        begun = [self._threads[k].submit(self._load, k, path, name) for k in kinds if accepted]
+        works = (self._torch,) if at % 2 else (self._llama, self._torch)
+        begun = [work(path, name) for work in works if accepted]
         self._loading.append((path, begun))
 
     def _loaded(self, ahead: int) -> None:
@@ -235,16 +237,33 @@ class Mutants:
             outcome.wrong.append(f"{name}: read otherwise than it is")
         return same
 
-    def _load(self, kind: str, path: Path, name: str) -> None:
+    def _torch(self, path: Path, name: str) -> Future[None]:
+        def work() -> None:
+            self._load("torch", path, name)
+
+        return self._threads["torch"].submit(work)
+
+    def _llama(self, path: Path, name: str) -> Future[None]:
+        """The engine gets what a helper could open, as in the daemon: who kills the helper is
+        refused by that."""
+
+        def work() -> None:
+            if self._load("helper", path, name) == "loaded":
+                self._load("llama", path, name)
+
+        return self._threads["llama"].submit(work)
+
+    def _load(self, kind: str, path: Path, name: str) -> str:
         outcome = self.outcome
         verdict, took, said = self._loaders[kind].load(path)
         outcome.passed[f"{kind} {verdict}"] += 1
-        if verdict == "died":
+        if verdict == "died" and kind != "helper":
             outcome.deaths.append(f"{name}: {kind} {said}")
         else:
             outcome.longest_load_s = max(outcome.longest_load_s, took)
         if verdict in ("wrong", "late"):
             outcome.wrong.append(f"{name}: {kind} {said}")
+        return verdict
 
 
 def loads(seed: int, count: int) -> tuple[int, float, bool]:
@@ -289,8 +308,9 @@ def part(report: Report, seed: int) -> None:
     )
     what = "mutants: longest refusal or load of those that passed"
     report.add(Row(what, outcome.longest_load_s, "s", f"<= {LATE_S}", "in another process"))
-    what = "mutants: processes killed by a file that had passed"
-    report.add(Row(what, len(outcome.deaths), "", "== 0"))
+    what = "mutants: engines killed by a file that had passed"
+    note = "a helper that dies is how its limits refuse: `E_MODEL`"
+    report.add(Row(what, len(outcome.deaths), "", "== 0", note))
     asked = 10 if report.quick else ASKED
     loaded, longest, alive = loads(seed + 1, asked)
     note = f"{asked} that `pagedd load` named, {loaded} were loaded; the slowest answer took "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def read_shards(folder: Path) -> Shards:
 def _shard(folder: Path, index: Path, name: str) -> SafetensorsFile:
     if Path(name).name != name or name in ("", ".", ".."):
         raise ModelFileError(index, f"names a file outside its folder: {name[:100]!r}")
-    if not (folder / name).exists():
+    if not os.path.exists(folder / name):  # false for names that no file can have, too
         raise ModelFileError(folder / name, f"is missing; {INDEX} names it", {"shard": name})
     return read_safetensors(folder / name)
 

@@ -354,9 +354,10 @@ class _Header(BoundedReader):
         label, block, block_bytes = TENSOR_TYPES[kind]
         if (shape[0] if shape else 1) % block:
             self._refuse(f"has tensor {name!r} of {label} with rows of {shape[0]}, not {block}s")
-        if dimensions < 2 and label in _INTEGERS:
-            # llama.cpp multiplies by such a vector, and asserts that it can.
-            self._refuse(f"has tensor {name!r} of {label}, which is no type of weights")
+        if label in _INTEGERS:
+            # llama.cpp takes them and multiplies by them: an assertion, or a jump to nowhere.
+            reason = f"has tensor {name!r} of {label}, which is no type of weights"
+            self._refuse(reason, {"tensor": name, "type": label})
         offset = self._u64()
         if offset % alignment:
             self._refuse(f"has tensor {name!r} at {offset}, which is not aligned to {alignment}")
