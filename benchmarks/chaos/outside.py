@@ -18,12 +18,16 @@ import zmq
 
 from benchmarks.chaos.fields import TOKEN
 from benchmarks.chaos.messages import Messages
+from pagedd_daemon.front.limits import DEFAULT_LIMITS
 from pagedd_daemon.front.listener import CONTROL_NAME, DATA_NAME
 
 PATIENCE_S = 60.0
 NOISE_EVERY = 40
 """Messages to one connection that speaks no ZMTP, or not all of it."""
 _CONNECTIONS = 4
+_PER_S = 0.8 * DEFAULT_LIMITS.messages_per_s
+"""Messages a second, beside those of more than 4 KiB, which count several times."""
+_BURST = DEFAULT_LIMITS.message_burst // 4
 
 # ZMTP 3.1 (RFC 37), section 2: signature, version, mechanism, as-server, filler.
 _GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -80,6 +84,7 @@ class Outside:
         """
         for number in range(_CONNECTIONS):
             self._hello(number)
+        begin = time.monotonic()
         for at in range(count):
             sent = self._messages.next()
             frames = [frame.replace(TOKEN, self._tokens[sent.connection]) for frame in sent.frames]
@@ -88,9 +93,17 @@ class Outside:
                 self._send(sockets[sent.connection], frames)
             if at % NOISE_EVERY == 0:
                 self._noise()
+                self._keep_pace(at, begin)
             if at % 500 == 499:
                 self._hello(self._dice.randrange(_CONNECTIONS))
             self._read()
+
+    def _keep_pace(self, at: int, begin: float) -> None:
+        """Wait, where the next message would be refused unread because there are too many."""
+        allowed = begin + (at - _BURST) / _PER_S
+        while (left := allowed - time.monotonic()) > 0:
+            self._read()
+            time.sleep(min(left, 0.01))
 
     def close(self) -> None:
         """Leave without a word."""
