@@ -71,6 +71,7 @@ def test_a_stop_string_over_several_tokens_ends_the_text_and_is_reported_with_it
             done = await client.end(request)
             assert client.text(request) == "x"
             assert done["finish"][0]["reason"] == "stop"
+            assert done["finish"][0]["stop"] == "#STOP#"
             assert engine.count(m.Finish) == 1
 
     run(scenario())

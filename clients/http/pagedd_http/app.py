@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagedd_http import openai
+from pagedd_http import anthropic, llama_server, ollama, openai
 from pagedd_http.answers import ClientGone
 from pagedd_http.daemon import Daemon
 from pagedd_http.errors import ApiError, as_api_error
@@ -24,7 +24,12 @@ from pagedd_http.settings import Settings
 
 log = logging.getLogger("pagedd.gateway")
 
-INTERFACES: tuple[Interface, ...] = (openai.INTERFACE,)
+INTERFACES: tuple[Interface, ...] = (
+    openai.INTERFACE,
+    anthropic.INTERFACE,
+    ollama.INTERFACE,
+    llama_server.INTERFACE,
+)
 """All there are; errors of paths that none of them claims look like the first one's."""
 
 

@@ -387,6 +387,7 @@ class Assembly:
                     reason=str(finish["reason"]),
                     logprobs=None if logprobs is None else tuple(logprobs),
                     score=finish.get("score"),
+                    stop=finish.get("stop"),
                 )
             )
         usage, timings = event["usage"], event["timings"]

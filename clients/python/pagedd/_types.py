@@ -47,6 +47,8 @@ class Sample:
     score: float | None = None
     """With ``beam_width``: the sum of the log-probabilities by the length penalty. With ``best_of``
     above ``n``: their mean."""
+    stop: str | None = None
+    """The stop string that ended it, if one did."""
 
 
 @dataclass(frozen=True, slots=True)

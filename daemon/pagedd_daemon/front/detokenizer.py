@@ -170,6 +170,7 @@ class Detokenizer:
 
     Attributes:
         stopped: A stop string was found; nothing that is pushed afterwards counts.
+        stop: That string; None before.
         kept_tokens: Of the tokens pushed, how many belong to the text: all of them, or, when
             stopped, those whose first byte lies before the first byte of the stop string (a token
             without text goes with the one before or after it).
@@ -185,6 +186,7 @@ class Detokenizer:
         "_stops",
         "_table",
         "kept_tokens",
+        "stop",
         "stopped",
     )
 
@@ -201,6 +203,7 @@ class Detokenizer:
         # belongs to, or comes after if that character began with an earlier token.
         self._starts: list[int] = []
         self.stopped = False
+        self.stop: str | None = None
         self.kept_tokens = 0
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -266,6 +269,7 @@ class Detokenizer:
         for index, char in enumerate(text, len(self._held) + 1):
             state = stops.step(state, char)
             if longest[state]:
+                self.stop = whole[index - longest[state] : index]
                 return self._stop_at(whole, index - longest[state])
         self._state = state
         self._chars += len(text)

@@ -46,13 +46,15 @@ from pagedd_daemon.params import SamplingParams, StopParams
 class Sample:
     """One of the ``n`` continuations of a request."""
 
-    __slots__ = ("_detokenizer", "at", "ids", "reason", "score", "tail")
+    __slots__ = ("_detokenizer", "at", "ids", "reason", "score", "stop", "tail")
 
     def __init__(self, table: PieceTable | None, stop: tuple[str, ...], min_tokens: int) -> None:
         """``table`` is None for a model without a tokeniser, whose samples have no text."""
         self.ids = array("i")
         """Generated and kept; with the prompt, all that is needed to go on elsewhere."""
         self.reason: str | None = None
+        self.stop: str | None = None
+        """The stop string that ended it."""
         self.at = 0.0
         """When its last tokens came; 0 before the first."""
         self.score: float | None = None
@@ -73,7 +75,7 @@ class Sample:
         text = detokenizer.push(ids)
         if detokenizer.stopped:
             del self.ids[detokenizer.kept_tokens :]
-            self.reason = "stop"
+            self.reason, self.stop = "stop", detokenizer.stop
         return text, detokenizer.stopped
 
     def end(self, reason: str) -> None:
@@ -474,6 +476,7 @@ class Streams:
                 "reason": sample.reason,
                 "text": sample.tail,
                 **({} if sample.score is None else {"score": sample.score}),
+                **({} if sample.stop is None else {"stop": sample.stop}),
             }
             for i, sample in enumerate(stream.samples)
         ]
