@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from pagedd_daemon.engine.pace import DECODE_TARGET_S, PREFILL_TARGET_S
 from pagedd_daemon.engine.stepcost import StepCost
 
@@ -66,4 +68,24 @@ def test_no_stream_is_left_out_where_a_step_takes_long_by_itself() -> None:
     cost = StepCost()
     for streams in range(10, 74):
         cost.observe(streams, 0, 0.500 + 0.004 * streams)
-    assert cost.decodes_within(DECODE_TARGET_S) > 1000
+    assert cost.decodes_within(DECODE_TARGET_S) >= 100, "as many as would double it"
+
+
+def test_before_the_number_of_streams_has_changed_one_costs_what_a_prompts_token_does() -> None:
+    cost = StepCost()
+    assert cost.decodes_within(0.060) > 1_000
+    for _ in range(31):
+        cost.observe(64, 0, 0.2)
+    cost.observe(64, 64, 0.392)
+    assert 16 <= cost.decodes_within(0.060) <= 18, "8 ms of a step are not theirs"
+
+
+def test_steps_with_prompts_and_few_streams_do_not_hide_what_a_stream_costs() -> None:
+    dice = random.Random(1)
+    cost = StepCost()
+    for step in range(400):
+        streams, prompt = (8, 60) if step % 12 == 0 else (14, 0)
+        noise = dice.uniform(0.92, 1.25)
+        cost.observe(streams, prompt, noise * (0.008 + 0.0033 * streams + 0.0031 * prompt))
+        if step > 60:
+            assert cost.decodes_within(0.060) <= 20

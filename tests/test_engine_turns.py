@@ -187,3 +187,33 @@ def test_a_person_whose_prefix_is_found_in_ram_takes_part_in_the_very_next_step(
     world.run(4.0)
     assert job.cached_tokens == 304
     assert answered == [asked + 1]
+
+
+def test_while_a_person_may_ask_the_prompts_of_others_come_in_short_chunks() -> None:
+    def longest(*, person: bool) -> float:
+        world = World(10, step_s=0.010, token_s=0.003)
+        for _ in range(2):
+            world.app("batch", klass=BACKGROUND).submit(prompt=600, max_tokens=50)
+        if person:
+            world.app("person", klass=INTERACTIVE).submit(prompt=20, max_tokens=4)
+        world.run(2.0)
+        begin = world.now
+        world.run(4.0)
+        return world.largest_chunk(begin)
+
+    assert longest(person=True) <= 16 + 2 * W_OUT
+    assert longest(person=False) > 32
+
+
+def test_a_short_question_is_computed_whole_though_others_as_important_read() -> None:
+    world = World(11, step_s=0.010, token_s=0.003)
+    reader, person = (world.app(name, klass=INTERACTIVE) for name in ("reader", "person"))
+    reader.submit(prompt=20, max_tokens=2_000)
+    world.app("batch").submit(prompt=2_000, max_tokens=1)
+    person.submit(prompt=40, max_tokens=1)
+    world.run(2.0)
+    asked = world.steps
+    answered: list[int] = []
+    person.submit(prompt=64, max_tokens=1, then=lambda _: answered.append(world.steps))
+    world.run(3.0)
+    assert answered == [asked + 1]

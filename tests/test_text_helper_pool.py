@@ -221,6 +221,33 @@ def test_a_template_that_never_ends_costs_its_own_request_only(tmp_path: Path) -
     with_pool(work, limits=QUICK)
 
 
+def test_a_flood_of_texts_does_not_keep_a_conversation_waiting(tmp_path: Path) -> None:
+    async def work(pool: HelperPool) -> None:
+        said = "{{ messages[0].content }}"
+        model = await pool.open(byte_level_file(tmp_path / "quick.gguf", said))
+        answered, flooded = 0, asyncio.Event()
+
+        async def flood() -> None:
+            nonlocal answered
+            while True:
+                await pool.tokenize(model, "x" * 2000)
+                answered += 1
+                if answered == 50:
+                    flooded.set()
+
+        lines = [asyncio.ensure_future(flood()) for _ in range(16)]
+        try:
+            await flooded.wait()
+            before = answered
+            await pool.chat(model, USER)
+            assert answered - before <= 40, "those before it, and some that were under way"
+        finally:
+            for line in lines:
+                line.cancel()
+
+    with_pool(work)
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -20,6 +20,9 @@ PREFILL_TARGET_S = 0.250
 ATTENTIVE_TARGET_S = 0.060
 """A step while a person may ask: half of the inter-token target, since the question that comes next
 waits for its end and has to be computed after it."""
+WHOLE_TARGET_S = 0.300
+"""A step that answers a person's short question at once, whoever reads meanwhile: in pieces, with
+the tokens of others beside each, it waits for half as long again."""
 _ASIDE_S = 0.030
 """What decodes of lower classes may take of a step that computes a prompt of a higher one."""
 PERSON_S = 30.0
@@ -35,9 +38,11 @@ class Pace:
     step_s: float
     """All of it."""
     whole_s: float
-    """All of it, where that gets the prompt computed whole whose turn it is."""
+    """All of it, where that gets a short prompt computed whole, or half of it, whose turn it is."""
     spared: PriorityClass | None = None
     """Decodes of this class and above are not left out for a prompt."""
+    attentive: bool = False
+    """A person may ask at any moment, and no prompt that is to be computed is a person's."""
 
 
 def pace(
@@ -59,8 +64,11 @@ def pace(
     if alone:
         return Pace(math.inf, step, step)
     if prompts is PriorityClass.INTERACTIVE:
-        return Pace(_ASIDE_S, step, most, spared=prompts)
+        return Pace(_ASIDE_S, step, WHOLE_TARGET_S, spared=prompts)
     decode = ATTENTIVE_TARGET_S if person else DECODE_TARGET_S
     if prompts is None or decodes is None:
-        return Pace(decode, step, step)
+        return Pace(decode, step, step, attentive=person)
+    if person:
+        # Equals are left out by turn: a person does not wait for 64 samples to take a step.
+        return Pace(decode, step, step, attentive=True)
     return Pace(_ASIDE_S, step, step, spared=prompts)

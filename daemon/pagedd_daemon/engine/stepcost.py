@@ -12,6 +12,8 @@ _LEAST_DECODES = 8
 """Streams that decode in every step, however slow the machine."""
 _FIT_STEPS, _FIT_EVERY = 64, 16
 """Steps that the share of one stream in a step's time is learned from, and how often."""
+_PRIOR = 1.0
+"""What is believed of a stream beforehand counts like steps whose streams vary by so many."""
 _WEIGHT = 0.2
 """Of the newest observation in the running mean."""
 
@@ -24,12 +26,14 @@ class StepCost:
     """
 
     def __init__(self) -> None:
-        self._decode_s = 0.0
+        self._decode_s = self._decodes = 0.0
+        """Seconds without what prompts took, and streams, of steps that decode."""
         self._chunk_tokens = self._chunk_s = 0.0
         self._seen: deque[tuple[int, int, float]] = deque(maxlen=_FIT_STEPS)
         self._observed = 0
         self._fixed_s = self._per_decode_s = self._fit_token_s = 0.0
         """Of the last fit."""
+        self._fitted = False
 
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
         """Learn from a step that has retired."""
@@ -37,6 +41,8 @@ class StepCost:
         self._observed += 1
         if self._observed % _FIT_EVERY == 0:
             self._fit()
+        if decodes:
+            self._decodes = _smooth(self._decodes, decodes)
         if prefill_tokens == 0:
             self._decode_s = _smooth(self._decode_s, seconds)
             return
@@ -73,20 +79,34 @@ class StepCost:
     def decodes_within(self, target_s: float) -> int:
         """Streams that can decode in one step within ``target_s``, at least `_LEAST_DECODES`.
 
-        Any number until it is known what one of them costs, and where most of a step's time does
-        not depend on how many there are: leaving some out would gain nobody much.
+        Or as many as take no longer than what they share: where a step takes long by itself,
+        leaving some out would gain nobody much. As long as their number has not changed, one is
+        taken to cost what a prompt's token does; any number until that is known.
         """
-        if self._per_decode_s <= 0.0 or self._fixed_s > target_s / 2 or math.isinf(target_s):
+        fixed, each = self._fixed_s, self._per_decode_s
+        if not self._fitted:
+            each = self._per_token_s
+            fixed = max(0.0, self._decode_s - each * self._decodes)
+        if each <= 0.0 or math.isinf(target_s):
             return sys.maxsize
-        return max(_LEAST_DECODES, int((target_s - self._fixed_s) / self._per_decode_s))
+        return max(_LEAST_DECODES, int(max(target_s - fixed, fixed) / each))
 
     def _fit(self) -> None:
-        """Least squares over ``seconds = fixed + a x decodes + b x prefill tokens``."""
+        """Least squares over ``seconds = fixed + a x decodes + b x prefill tokens``.
+
+        Where all steps with prompts have few decodes and the others many, seconds do not tell a
+        from b: then a row that says that a decode costs what a prompt's token does decides.
+        """
         decodes, tokens, seconds = np.array(self._seen, dtype=np.float64).T
         if np.ptp(decodes) < 2:
             return  # the same streams all along: nothing to learn of what one costs
         terms = np.stack([np.ones_like(decodes), decodes, tokens], axis=1)
+        if self._per_token_s:
+            weight = _PRIOR * math.sqrt(len(seconds))
+            terms = np.vstack([terms, [0.0, weight, 0.0]])
+            seconds = np.append(seconds, weight * self._per_token_s)
         fixed, per_decode, per_token = np.linalg.lstsq(terms, seconds, rcond=None)[0]
+        self._fitted = True
         self._fixed_s = max(0.0, float(fixed))
         self._per_decode_s, self._fit_token_s = float(per_decode), float(per_token)
 

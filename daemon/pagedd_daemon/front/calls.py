@@ -20,6 +20,9 @@ from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.requests import Generation, Request
 from pagedd_daemon.front.sessions import Sessions
 
+FORESEEN = 1024
+"""Cancelled requests of a connection that may still come: more than can wait in its queues."""
+
 
 class Call:
     """One request of a connection, and the events it was answered with."""
@@ -73,6 +76,16 @@ class Peer:
     """Over and remembered for a resend, oldest first."""
     slow: Timer | None = None
     """Runs while the client does not read."""
+    foreseen: dict[str, None] = field(default_factory=dict)
+    """Ids that were cancelled and are not known, oldest first: a cancel takes another socket than
+    its request, and may be there before it."""
+
+    def foresee(self, id: str) -> None:
+        """End the request of this id when it comes, unless it was here before."""
+        if id not in self.live and id not in self.answered:
+            self.foreseen[id] = None
+            if len(self.foreseen) > FORESEEN:
+                del self.foreseen[next(iter(self.foreseen))]
 
 
 class Calls:

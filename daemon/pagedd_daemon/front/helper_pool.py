@@ -2,7 +2,8 @@
 
 Every process answers one request at a time, so whatever a request does to its process it does to
 nobody else. One process more than ``workers`` is running, and a request that takes long gets
-another one started beside it: others do not wait for it. Opening a model opens it everywhere.
+another one started beside it: others do not wait for it. Requests that may take long never have all
+processes; else the oldest comes first. Opening a model opens it everywhere.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ _KEPT_MODELS = 2
 _EXTRA = 2
 """Processes started beside slow ones, at most."""
 _HEAVY_BYTES = 64 * 1024
-"""A larger request never takes the last free process."""
+"""A larger request counts as one that may take long."""
 
-_Queue = deque[asyncio.Future[HelperProcess]]
+_Queue = deque[tuple[int, asyncio.Future[HelperProcess]]]
+"""With the number of each, by which the oldest is known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +93,9 @@ class HelperPool:
         self._idle: list[HelperProcess] = []
         self._waiting: tuple[_Queue, _Queue] = (deque(), deque())
         """Requests without a process: light ones and heavy ones."""
+        self._asked = 0
+        self._heavy: set[HelperProcess] = set()
+        """Processes that have a heavy request."""
         self._models: dict[str, bytes] = {}  # source to digest, oldest first
         self._starting = 0
         self._slow = 0
@@ -120,7 +125,7 @@ class HelperPool:
         for worker in workers:
             worker.kill()
         for queue in self._waiting:
-            for waiter in queue:
+            for _, waiter in queue:
                 if not waiter.done():
                     waiter.set_exception(HelperError("E_HELPER", "the daemon is shutting down"))
         for worker in workers:
@@ -426,7 +431,8 @@ class HelperPool:
         if self._closing.is_set():
             raise HelperError("E_HELPER", "the daemon is shutting down")
         waiter: asyncio.Future[HelperProcess] = asyncio.get_running_loop().create_future()
-        self._waiting[heavy].append(waiter)
+        self._asked += 1
+        self._waiting[heavy].append((self._asked, waiter))
         self._dispatch()
         done, _ = await asyncio.wait((waiter,), timeout=self._limits.queue_s)
         if not done:
@@ -439,16 +445,23 @@ class HelperPool:
         return waiter.result()
 
     def _dispatch(self) -> None:
-        """Hand idle processes to waiting requests, the last one to light requests only."""
-        light, heavy = self._waiting
-        for queue, spare in ((light, 0), (heavy, min(1, max(len(self._workers) - 1, 0)))):
-            while queue and len(self._idle) > spare:
-                waiter = queue.popleft()
-                if not waiter.done():
-                    waiter.set_result(self._idle.pop())
+        """Hand idle processes to waiting requests, the oldest first, but not all to heavy ones."""
+        while self._idle:
+            may = len(self._heavy) < max(len(self._workers) - 1, 1)
+            queues = [queue for queue in self._waiting[: 1 + may] if queue]
+            if not queues:
+                return
+            queue = min(queues, key=lambda queue: queue[0][0])
+            _, waiter = queue.popleft()
+            if not waiter.done():
+                worker = self._idle.pop()
+                if queue is self._waiting[True]:
+                    self._heavy.add(worker)
+                waiter.set_result(worker)
 
     def _release(self, worker: HelperProcess) -> None:
         """A request is over: the process is idle again, replaced, or not needed any more."""
+        self._heavy.discard(worker)
         surplus = len(self._workers) > self._target + min(self._slow, _EXTRA)
         if worker.alive and not worker.retire and not surplus and not self._closing.is_set():
             self._idle.append(worker)

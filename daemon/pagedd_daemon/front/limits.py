@@ -40,7 +40,7 @@ class Limits:
     )
     messages_per_s: int = _limit(
         2000,
-        "Messages a second of one process, over all its connections and both sockets; one counts "
+        "Messages a second of one process on each socket, over all its connections; one counts "
         "again for each whole 4 KiB. Further ones are refused (`E_BUSY`).",
     )
     message_burst: int = _limit(4000, "Messages of one process at once, after a silence.")

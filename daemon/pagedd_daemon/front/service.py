@@ -21,6 +21,7 @@ from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.failover import Deaths
+from pagedd_daemon.front.gate import Gate
 from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
 from pagedd_daemon.front.models import Lease, Model, Models, State
@@ -93,6 +94,7 @@ class FrontService:
             on_defeat,
         )
         self._accounts = Accounts()
+        self._gate = Gate(clock)
         self.watchdog = Watchdog(clock, self._engine_works, self._engine_stuck)
         self._streams = Streams(
             self.models, clock, self._apps, self._stream_over, self.watchdog.watch
@@ -169,7 +171,11 @@ class FrontService:
             return
         call = self._call(peer, request)
         self._calls.add(peer, call)
-        self._guard(call, lambda: self._start(peer, call, request))
+        if isinstance(call, Stream) and call.id in peer.foreseen:
+            del peer.foreseen[call.id]
+            self._streams.cancel(call)
+        else:
+            self._guard(call, lambda: self._start(peer, call, request))
 
     def control(
         self,
@@ -339,6 +345,8 @@ class FrontService:
     def _stream_over(self, stream: Stream) -> None:
         stream.account.live -= 1
         self._calls.over(stream)
+        taken_back = stream.cancelled or stream.connection not in self._calls.peers
+        self._gate.over(stream, taken_back=taken_back and not stream.counted)
 
     def _with_model(
         self,
@@ -416,10 +424,14 @@ class FrontService:
         def use(model: Model) -> None:
             if isinstance(request, r.Generate) and request.tokens is not None and not kind:
                 self._streams.submit(stream, model, unpack_ids(request.tokens))
+                self._gate.passed(stream)
             else:
                 self._later(stream, self._submit_text(stream, model, request))
 
-        self._with_model(stream, request.model, use, request.keep_alive)
+        def begin() -> None:
+            self._with_model(stream, request.model, use, request.keep_alive)
+
+        self._gate.enter(stream, lambda: self._guard(stream, begin))
 
     async def _submit_text(self, stream: Stream, model: Model, request: r.Generation) -> None:
         if model.text.pieces is None:
@@ -443,6 +455,7 @@ class FrontService:
                 prompt = await model.text.tokenize(request.prompt, special=False, bos=True)
         if not stream.over:  # it may have been cancelled meanwhile
             self._streams.submit(stream, model, prompt)
+        self._gate.passed(stream)
 
     async def _tokenize(self, call: Call, request: r.Tokenize, model: Model) -> None:
         if model.text.pieces is None:
@@ -510,6 +523,8 @@ class FrontService:
         ]
         for stream in streams:
             self._streams.cancel(stream)
+        if connection is not None and request.target is not None and not streams:
+            self._calls.peers[connection].foresee(request.target)
         return bool(streams)
 
 

@@ -135,6 +135,8 @@ class Stream(Call):
         """What they have said, where they are not streamed."""
         self.standing: Standing | None = None
         """What it was submitted with."""
+        self.begun = float("-inf")
+        """When it was its turn at the gate."""
         self.started = False
         """The engine has begun with it."""
         self.turn: Turn | None = None

@@ -96,6 +96,8 @@ class ZmqTransport:
         self._limits = limits
         self._glance = replace(limits, total_nodes=_GLANCE_NODES, map_entries=_GLANCE_NODES)
         self._rates = Rates(limits, time.monotonic)
+        # Of its own: who asks too much may still take back what was let in.
+        self._control_rates = Rates(limits, time.monotonic)
         self._service = service
         self._authenticator = Authenticator()
         self._peers: dict[bytes, _Peer] = {}
@@ -339,7 +341,7 @@ class ZmqTransport:
         peer = self._peers.get(route)
         id = ""
         try:
-            self._count(user, frames)
+            self._count(self._rates, user, frames)
             message = wire.decode([frame.bytes for frame in frames], self._limits)
             request = wire.parse_data(message, self._limits)
             id = request.id
@@ -518,7 +520,7 @@ class ZmqTransport:
         id = ""
         try:
             refuse_identity(route)
-            self._count(user, frames)
+            self._count(self._control_rates, user, frames)
             message = wire.decode([frame.bytes for frame in frames], self._limits)
             request = wire.parse_control(message, self._limits)
             id = request.id
@@ -537,14 +539,14 @@ class ZmqTransport:
 
     # ---------------------------------------------------------------------------------- all of them
 
-    def _count(self, user: Credentials, frames: list[zmq.Frame]) -> None:
+    def _count(self, rates: Rates, user: Credentials, frames: list[zmq.Frame]) -> None:
         """Refuses a message of a process that sends too many, before it is looked at.
 
         Raises:
             WireError: ``E_BUSY``.
         """
         try:
-            self._rates.spend(user, sum(map(len, frames)))
+            rates.spend(user, sum(map(len, frames)))
         except WireError as error:
             error.id = wire.salvaged_id(frames[0].bytes if frames else b"", self._glance)
             raise
