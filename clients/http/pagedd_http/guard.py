@@ -13,6 +13,11 @@ from pagedd_http.settings import App, Settings
 APP = "pagedd.app"
 """Key of a request's scope under which its `App` stands."""
 
+PEER = "pagedd.peer"
+"""Key of a request's state: the program at the other end of a Unix socket, where it is known."""
+
+PRIORITIES = ("interactive", "normal", "background")
+
 OPEN_PATHS = frozenset({"/", "/health"})
 """Need no key: a page that asks for one itself, and a probe that tells nothing."""
 
@@ -39,26 +44,34 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             raise ApiError(403, f"pages of {origin!r} may not use this gateway", code="origin")
-        scope[APP] = self._app_of(scope["path"], headers)
+        scope[APP] = self._app_of(scope, headers)
         await self._app(scope, self._limited(headers, receive), send)
 
-    def _app_of(self, path: str, headers: Headers) -> App:
+    def _app_of(self, scope: Scope, headers: Headers) -> App:
+        """Of the key, else of the header, else of the process at the other end."""
         settings = self._settings
-        if settings.key_of is None:
-            name = headers.get(settings.app_header)
-            return settings.app if name is None else App(name, settings.app.priority)
         key = headers.get("x-api-key") or _bearer(headers.get("authorization", ""))
         app = settings.key_of(key) if key else None
-        if app is None and path not in OPEN_PATHS:
+        if app is None and settings.key_required and scope["path"] not in OPEN_PATHS:
             what = "the API key is unknown or was revoked" if key else "an API key is needed"
-            raise ApiError(401, f"{what}: see 'pagedd apps key add'", code="invalid_api_key")
-        return app or settings.app
+            raise _no_entry(what)
+        if app is None and key.startswith(settings.key_prefix):
+            raise _no_entry("the API key is unknown or was revoked")
+        if app is None:
+            peer = scope.get("state", {}).get(PEER)
+            name = headers.get(settings.app_header) or peer or settings.app.name
+            app = App(name, settings.app.priority)
+        priority = headers.get(settings.priority_header, app.priority)
+        if priority not in PRIORITIES:
+            what = f"{settings.priority_header}: one of {', '.join(PRIORITIES)}"
+            raise ApiError(400, what, param=settings.priority_header)
+        return App(app.name, priority)
 
     def _limited(self, headers: Headers, receive: Receive) -> Receive:
         """``receive`` that stops at the longest body."""
         limit = self._settings.body_bytes
         said = headers.get("content-length", "0")
-        if not said.isdecimal() or int(said) > limit:
+        if not (said.isascii() and said.isdecimal() and len(said) < 20) or int(said) > limit:
             raise _too_long(said, limit)
         seen = 0
 
@@ -82,6 +95,10 @@ def _name(host: str) -> str:
 def _bearer(authorization: str) -> str:
     scheme, _, key = authorization.partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _no_entry(what: str) -> ApiError:
+    return ApiError(401, f"{what}: see 'pagedd apps key add'", code="invalid_api_key")
 
 
 def _too_long(length: str, limit: int) -> ApiError:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import uvicorn
 
+from pagedd._keys import PREFIX, KeyFileError, KeyRing, keys_file
 from pagedd_http.app import create_app
-from pagedd_http.settings import LOOPBACK_NAMES, Settings
+from pagedd_http.peers import PeerProtocol
+from pagedd_http.settings import LOOPBACK_NAMES, App, Settings
 
 GRACE_S = 10
 """How long streams may go on after SIGTERM."""
@@ -29,10 +31,33 @@ class ListenError(Exception):
         self.advice = advice
 
 
-def settings(*, daemon: str | None, allow_hosts: Sequence[str]) -> Settings:
-    """From the command line."""
-    names = LOOPBACK_NAMES | {name.lower() for name in allow_hosts}
-    return Settings(daemon=daemon, host_names=names)
+def settings(
+    *, daemon: str | None, allow_hosts: Sequence[str], key_required: bool = False
+) -> Settings:
+    """From the command line, with the keys of the person who runs it.
+
+    Raises:
+        ListenError: Keys are required, and there is none.
+    """
+    keys = KeyRing(keys_file(), _complain)
+
+    def app_of(secret: str) -> App | None:
+        key = keys.find(secret)
+        return None if key is None else App(key.app, key.priority)
+
+    if key_required and not len(keys):
+        raise ListenError("there are no API keys", "Make one with 'pagedd apps key add APP'.")
+    return Settings(
+        daemon=daemon,
+        host_names=LOOPBACK_NAMES | {name.lower() for name in allow_hosts},
+        key_of=app_of,
+        key_prefix=PREFIX,
+        key_required=key_required,
+    )
+
+
+def _complain(error: KeyFileError) -> None:
+    print(f"pagedd gateway: {error}", file=sys.stderr, flush=True)
 
 
 def serve(settings: Settings, *, host: str, port: int, uds: Path | None) -> int:
@@ -47,6 +72,7 @@ def serve(settings: Settings, *, host: str, port: int, uds: Path | None) -> int:
         access_log=False,
         server_header=False,
         lifespan="on",
+        http=PeerProtocol,
         ws="none",
         timeout_graceful_shutdown=GRACE_S,
     )
@@ -67,10 +93,10 @@ def _tcp(settings: Settings, host: str, port: int) -> Iterator[tuple[socket.sock
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
     except ValueError:
         raise ListenError(f"'{host}' is no address", "Use 127.0.0.1 or ::1.") from None
-    if not address.is_loopback and settings.key_of is None:
+    if not address.is_loopback and not settings.key_required:
         raise ListenError(
-            f"{address} can be reached from other machines, and no API keys are set",
-            "Make one with 'pagedd apps key add APP', or listen at 127.0.0.1.",
+            f"{address} can be reached from other machines, so clients must have API keys",
+            "Make one with 'pagedd apps key add APP', and add --require-key.",
         )
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:

@@ -19,6 +19,10 @@ class App:
     priority: str = "normal"
 
 
+def _no_app(key: str) -> App | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a gateway serves."""
@@ -28,13 +32,19 @@ class Settings:
     host_names: frozenset[str] = LOOPBACK_NAMES
     """Names that ``Host`` may have, without port. Any other is refused: a page that resolves its
     own name to 127.0.0.1 (DNS rebinding) still says its own name here."""
-    key_of: Callable[[str], App | None] | None = None
-    """The app an API key stands for, None for a key that is unknown or revoked. Where this is None
-    itself no key is asked for, and whatever clients send as one is ignored."""
+    key_of: Callable[[str], App | None] = _no_app
+    """The app an API key stands for, None for a key that is unknown or revoked."""
+    key_prefix: str = "pagedd-"
+    """What our keys begin with. Other things that clients send as one count as none: most have to
+    send something."""
+    key_required: bool = False
+    """A request without a key is refused."""
     app_header: str = "x-pagedd-app"
     """Header in which a client without a key names its app."""
+    priority_header: str = "x-pagedd-priority"
+    """Header in which a client says what it asks for; the app's settings cap it."""
     app: App = App("http")
-    """Whom requests are for that say nothing."""
+    """Whom requests are for that say nothing, and whose process is not known."""
     body_bytes: int = 8 << 20
     """A longer body is refused; the daemon's own frames are as long at most."""
     timeout_s: float = 600.0

@@ -57,6 +57,8 @@ class Generation(OpenAIBody):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     keep_alive: float | str | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -82,6 +84,8 @@ class Generation(OpenAIBody):
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "keep_alive": self.keep_alive,
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
             # Clients draw seeds of any sign; the daemon's are not negative.
             "seed": None if self.seed is None else self.seed % 2**63,
             "logit_bias": _token_ids(self.logit_bias) if self.logit_bias else None,

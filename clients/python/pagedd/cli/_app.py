@@ -88,6 +88,7 @@ _MODULES = (
         "_config",
         "_doctor",
         "_gateway",
+        "_keys",
         "_metrics",
         "_models",
     ),

@@ -42,8 +42,14 @@ def gateway_module() -> Any:
 @click.option(
     "--allow-host", multiple=True, metavar="NAME", help="A further name clients may call it by."
 )
+@click.option("--require-key", is_flag=True, help="Refuse whoever sends no API key.")
 def gateway(
-    host: str, port: int, uds: Path | None, daemon: str | None, allow_host: tuple[str, ...]
+    host: str,
+    port: int,
+    uds: Path | None,
+    daemon: str | None,
+    allow_host: tuple[str, ...],
+    require_key: bool,
 ) -> int:
     """Serve OpenAI's HTTP interface until SIGTERM or Ctrl-C.
 
@@ -51,8 +57,8 @@ def gateway(
     are told to come back.
     """
     serving = gateway_module()
-    settings = serving.settings(daemon=daemon, allow_hosts=allow_host)
     try:
+        settings = serving.settings(daemon=daemon, allow_hosts=allow_host, key_required=require_key)
         return int(serving.serve(settings, host=host, port=port, uds=uds))
     except serving.ListenError as error:
         raise CommandError(
