@@ -13,17 +13,20 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test test-gpu check bench-cpu bench-desktop bench-gpu bench-service bench-paper docs dist deb dist-test clean
+.PHONY: help demo test test-gateway test-gpu check bench-cpu bench-desktop bench-gateway bench-gpu bench-service bench-paper docs dist deb dist-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## four apps talk to one daemon at the same time (sets everything up first)
 	@$(BIN)/python packaging/dev/demo.py
 
 test: $(READY) ## the whole test suite (sets everything up first)
 	@$(BIN)/python -m pytest
+
+test-gateway: $(READY) .venv-gateway/.ready ## the official clients of other interfaces, each against a running gateway
+	@.venv-gateway/bin/python -m pytest -c tests/gateway/pytest.ini --rootdir tests/gateway tests/gateway
 
 test-gpu: $(READY) ## the tests that need a CUDA device; fails where there is none
 	@$(BIN)/python -m pytest tests/gpu -m gpu
@@ -42,8 +45,11 @@ bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machin
 bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for one of its stages
 	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY))
 
-bench-desktop: $(READY) ## five apps on one machine, beside llama.cpp's own server (built once); 25 minutes or so
-	@$(BIN)/python -m benchmarks.desktop
+bench-desktop: $(READY) ## five apps on one machine, beside llama.cpp's own server (built once); 25 minutes or so; GATEWAY=1: over HTTP
+	@$(BIN)/python -m benchmarks.desktop $(if $(GATEWAY),--gateway)
+
+bench-gateway: $(READY) ## measure what the HTTP gateway adds, about 4 minutes
+	@$(BIN)/python -m benchmarks.gateway
 
 bench-service: $(READY) ## measure what living with the service costs, about 4 minutes
 	@$(BIN)/python -m benchmarks.living
@@ -67,8 +73,16 @@ dist-test: dist ## install wheel and sdist into clean environments and run them,
 	@$(BIN)/python packaging/dev/dist_test.py
 
 clean: ## remove .venv and everything else that was built or cached here
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-gateway build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Other people's packages have an environment of their own, so that their pins never touch ours.
+.venv-gateway/.ready: tests/gateway/requirements.txt | $(READY)
+	@echo "installing the clients of other interfaces into .venv-gateway, half a minute or so"
+	@$(BIN)/python -m venv --clear .venv-gateway
+	@.venv-gateway/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		-r tests/gateway/requirements.txt
+	@touch $@
 
 # A stamp: made once, and again only when what is to be installed changes.
 $(READY): pyproject.toml packaging/dev/bootstrap.py
