@@ -14,7 +14,10 @@ from typing import Any
 from benchmarks.report import RESULTS, ROOT, shown
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-TARGETS = ("bench-cpu", "bench-desktop", "bench-gpu", "bench-service", "chaos")
+TARGETS = (
+    *("bench-cpu", "bench-desktop", "bench-gateway", "bench-gpu", "bench-service"),
+    "chaos",
+)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 
 

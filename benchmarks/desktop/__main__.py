@@ -2,7 +2,8 @@
 
 The same trace is played on the daemon and on llama.cpp's own server, which is built once from the
 sources of llama-cpp-python (some 20 minutes of one core). ``--openai URL`` plays it on any other
-server that speaks OpenAI's API, and writes no file.
+server that speaks OpenAI's API, ``--gateway`` on the daemon through `pagedd gateway`; they write no
+file.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> int:
     names = ", ".join(PARTS)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{names}; default: all of them")
     parser.add_argument("--openai", metavar="URL", help="another server to play the mix on")
+    parser.add_argument("--gateway", action="store_true", help="play the mix through the gateway")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(unknown)}; there are {names}")
@@ -42,6 +44,9 @@ def main() -> int:
     if options.openai:
         server = ("--openai", str(options.openai))
         mix.measured(report, options.openai, server, desktop(quick=report.quick))
+        return report.show()
+    if options.gateway:
+        mix.on_daemon(report, threads(), over_http=True)
         return report.show()
     peer.build(jobs=threads())
     for name in options.parts or PARTS:

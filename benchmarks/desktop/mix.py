@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from benchmarks.desktop.figures import (
@@ -17,6 +18,7 @@ from benchmarks.desktop.peer import Peer
 from benchmarks.desktop.player import Record
 from benchmarks.desktop.servers import DesktopDaemon, Records, Server, alone, play
 from benchmarks.desktop.trace import App, desktop, pool_tokens
+from benchmarks.gateway import gateway
 from benchmarks.report import Report, Row
 from benchmarks.service import packaged_model
 
@@ -35,12 +37,32 @@ def settings(apps: Sequence[App]) -> dict[str, dict[str, object]]:
 
 def desktop_mix(report: Report, threads: int) -> None:
     """The rows of the mix, on the daemon and on llama.cpp's server."""
+    on_daemon(report, threads)
+    apps = desktop(quick=report.quick)
+    with peer(pool_tokens(apps), threads) as other:
+        measured(report, "llama.cpp's server", ("--openai", other.url), apps)
+
+
+@contextlib.contextmanager
+def _server(ours: DesktopDaemon, over_http: bool) -> Iterator[Server]:
+    if not over_http:
+        yield ours.server
+        return
+    with gateway(ours.daemon) as port:
+        yield "--gateway", f"http://127.0.0.1:{port}"
+
+
+def on_daemon(report: Report, threads: int, *, over_http: bool = False) -> None:
+    """The rows of the mix on the daemon, by its own protocol or through the gateway."""
     apps = desktop(quick=report.quick)
     pool = pool_tokens(apps)
-    with DesktopDaemon(pool, threads, settings(apps)) as ours:
-        by_itself = _alone(ours.server, apps)
+    with (
+        DesktopDaemon(pool, threads, settings(apps)) as ours,
+        _server(ours, over_http) as server,
+    ):
+        by_itself = _alone(server, apps)
         before, begin = ours.daemon.stats(), ours.daemon.client.ping()
-        loaded = play(ours.server, apps, MOST_S)
+        loaded = play(server, apps, MOST_S)
         after, end = ours.daemon.stats(), ours.daemon.client.ping()
     seconds = _seconds(loaded)
     step_ms = 1e3 * seconds / max(1, end["steps"] - begin["steps"])
@@ -64,8 +86,6 @@ def desktop_mix(report: Report, threads: int) -> None:
         f"{pager['preemptions_swap']} times by swap, {pager['preemptions_recompute']} by recompute"
     )
     report.add(Row("desktop mix: swap traffic", moved, "pages of 16 tokens", "", note))
-    with peer(pool, threads) as other:
-        measured(report, "llama.cpp's server", ("--openai", other.url), apps)
 
 
 def peer(pool: int, threads: int) -> Peer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,11 +19,14 @@ from benchmarks.desktop.endpoint import AskError, Usage
 class OpenAI:
     """One app's connection to a server, and its conversation."""
 
-    def __init__(self, url: str, model: str = "default") -> None:
+    def __init__(
+        self, url: str, model: str | None = "default", headers: Mapping[str, str] | None = None
+    ) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._path = parts.path.rstrip("/")
         self._model = model
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._messages: list[dict[str, str]] = []
 
     async def close(self) -> None:
@@ -82,7 +85,7 @@ class OpenAI:
             head = (
                 f"POST {self._path}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-                "Accept: text/event-stream\r\nConnection: close\r\n\r\n"
+                f"Accept: text/event-stream\r\n{self._headers}Connection: close\r\n\r\n"
             )
             writer.write(head.encode() + data)
             await writer.drain()

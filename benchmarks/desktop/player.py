@@ -147,6 +147,7 @@ async def main() -> None:
     """Connect and answer orders."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pagedd", help="host of a daemon")
+    parser.add_argument("--gateway", help="URL of a gateway before a daemon")
     parser.add_argument("--openai", help="URL of any other server")
     parser.add_argument("--app", required=True)
     parser.add_argument("--class", dest="klass", default="normal")
@@ -154,6 +155,9 @@ async def main() -> None:
     endpoint: Endpoint
     if options.pagedd:
         endpoint = await Pagedd.connect(options.pagedd, options.app, options.klass)
+    elif options.gateway:
+        told = {"X-Pagedd-App": options.app, "X-Pagedd-Priority": options.klass}
+        endpoint = OpenAI(options.gateway, None, told)
     else:
         endpoint = OpenAI(options.openai)
     try:

@@ -17,7 +17,7 @@ from benchmarks.service import Daemon, packaged_model
 from benchmarks.worker import Worker
 
 Server = tuple[str, str]
-"""``--pagedd`` with a host, or ``--openai`` with a URL: options of the player."""
+"""``--pagedd`` with a host, ``--gateway`` or ``--openai`` with a URL: options of the player."""
 Records = dict[str, list[Record]]
 """By app."""
 
