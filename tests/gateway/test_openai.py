@@ -46,7 +46,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_completions(client: openai.OpenAI) -> None:
-    asked: Any = {"model": MODEL, "prompt": "hi", "max_tokens": 5, "temperature": 0}
+    asked: Any = {"model": MODEL, "prompt": "hello", "max_tokens": 5, "temperature": 0}
     done = client.completions.create(**asked, logprobs=2, n=2)
     assert len(done.choices) == 2
     assert done.choices[0].logprobs is not None
