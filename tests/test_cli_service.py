@@ -75,6 +75,24 @@ def test_install_at_login_enables_the_service_too(home: Path) -> None:
     ]
 
 
+def test_install_with_gateway_starts_it_too_and_keeps_it(home: Path) -> None:
+    done = run("service", "install", "--with-gateway")
+    assert (done.status, "127.0.0.1:11500" in done.out) == (0, True), done.err
+    unit = home / "config" / "systemd" / "user" / "pagedd-gateway.service"
+    assert f"ExecStart={sys.executable} -m pagedd gateway\n" in unit.read_text()
+    enabled = "systemctl --user enable pagedd.socket pagedd-gateway.service"
+    assert calls(home)[-2] == enabled
+    unit.write_text(unit.read_text() + "# old\n")
+    assert run("service", "install").status == 0, "after an upgrade"
+    assert "# old" not in unit.read_text()
+    assert "pagedd-gateway.service" in run("service", "status", "--json").document()["units"]
+    assert run("service", "uninstall").status == 0
+    assert not unit.exists()
+    assert calls(home)[-3] == (
+        "systemctl --user disable --now pagedd.socket pagedd.service pagedd-gateway.service"
+    )
+
+
 def test_uninstall_leaves_nothing_of_ours_and_may_be_repeated(home: Path) -> None:
     run("service", "install")
     config = home / "config" / "pagedd" / "config.toml"
@@ -149,11 +167,14 @@ def test_paths_are_quoted_as_unit_files_want_them() -> None:
 
 
 def test_the_launchd_agent_is_a_property_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = _units.plan(True, "darwin")
-    document = plistlib.loads(plan.files[0].text.encode())
-    assert document["ProgramArguments"] == [sys.executable, "-m", "pagedd", "serve"]
-    assert document["KeepAlive"] == {"SuccessfulExit": False}
-    assert _units.MARK in plan.files[0].text
+    plan = _units.plan(True, tuple(_units.SERVICES), "darwin")
+    labels = ("io.pagedd.daemon", "serve"), ("io.pagedd.gateway", "gateway")
+    for file, (label, command) in zip(plan.files, labels, strict=True):
+        document = plistlib.loads(file.text.encode())
+        assert document["Label"] == label == file.path.stem
+        assert document["ProgramArguments"] == [sys.executable, "-m", "pagedd", command]
+        assert document["KeepAlive"] == {"SuccessfulExit": False}
+        assert _units.MARK in file.text
 
 
 def _tool(name: str) -> str:
@@ -177,7 +198,7 @@ def test_every_unit_passes_systemd_analyze_verify(tmp_path: Path) -> None:
     tool = _tool("systemd-analyze")
     files = _rendered(tmp_path)
     env = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
-    for options, chosen in (([], files), (["--user"], files[:2])):
+    for options, chosen in (([], files), (["--user"], files[: len(_units.NAMES)])):
         done = subprocess.run(
             [tool, "verify", "--man=no", *options, *chosen],
             env=env,

@@ -106,7 +106,7 @@ def _python(root: Path, wheel: Path) -> None:
     prefix = root / PREFIX
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     pip += ["--no-compile", "--target", str(prefix)]
-    subprocess.run([*pip, f"{wheel}[cpu]"], check=True)
+    subprocess.run([*pip, f"{wheel}[cpu,http]"], check=True)
     for folder in ("bin", "include", "share", "lib"):
         shutil.rmtree(prefix / folder, ignore_errors=True)
     for folder in prefix.rglob("tests"):

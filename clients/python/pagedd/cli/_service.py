@@ -21,6 +21,7 @@ from pagedd.cli._app import (
     commands,
     reaches_daemon,
 )
+from pagedd.cli._gateway import gateway_module
 
 _SHOWN = ("LoadState", "ActiveState", "SubState", "UnitFileState", "MainPID", "StatusText")
 
@@ -32,16 +33,21 @@ def service() -> None:
 
 @service.command()
 @click.option("--at-login", is_flag=True, help="Start at login; without it, on the first request.")
+@click.option("--with-gateway", is_flag=True, help="Serve HTTP too: see 'pagedd gateway'.")
 @click.option("--force", is_flag=True, help="Replace unit files that somebody else wrote.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written and done.")
 @as_json
-def install(at_login: bool, force: bool, dry_run: bool, json_: bool) -> None:
+def install(at_login: bool, with_gateway: bool, force: bool, dry_run: bool, json_: bool) -> None:
     """Install the daemon as a service of this user.
 
     The service manager listens in its place: the first request starts it and is answered. Running
     it again after an upgrade is fine.
     """
-    plan = _units.plan(at_login)
+    services = [_units.DAEMON]
+    if with_gateway or _units.GATEWAY in _units.installed():
+        gateway_module()  # says what to install where it is missing
+        services.append(_units.GATEWAY)
+    plan = _units.plan(at_login, services)
     if dry_run:
         _show_plan(plan, json_)
         return
@@ -55,6 +61,8 @@ def install(at_login: bool, force: bool, dry_run: bool, json_: bool) -> None:
     for file in plan.files:
         click.echo(f"written: {file.path}")
     click.echo("pagedd starts at login" if at_login else "pagedd starts on the first request")
+    if _units.GATEWAY in services:
+        click.echo("the gateway listens at http://127.0.0.1:11500")
     if shutil.which("loginctl"):
         click.echo("To keep it running while you are logged out: loginctl enable-linger")
 
@@ -63,7 +71,7 @@ def install(at_login: bool, force: bool, dry_run: bool, json_: bool) -> None:
 @as_json
 def uninstall(json_: bool) -> None:
     """Stop the service and remove what 'install' wrote. Models and settings stay."""
-    plan = _units.plan(False)
+    plan = _units.plan(False, _units.installed())
     present = [file for file in plan.files if file.path.exists()]
     if present:
         for command in plan.uninstall:
@@ -82,8 +90,11 @@ def uninstall(json_: bool) -> None:
 @reaches_daemon
 def status(json_: bool, host: str | None, timeout: float) -> None:
     """Is it installed, does it run, and would a request be served? Never starts it."""
-    files = [file.path for file in _units.plan(False).files if file.path.exists()]
-    units = {unit: _shown(unit) for unit in _units.NAMES} if shutil.which("systemctl") else {}
+    plan = _units.plan(False, _units.installed())
+    files = [file.path for file in plan.files if file.path.exists()]
+    names = _units.SERVICES[_units.DAEMON].units
+    names += tuple(path.name for path in files if path.name not in names)
+    units = {unit: _shown(unit) for unit in names} if shutil.which("systemctl") else {}
     state = {unit: shown.get("ActiveState", "inactive") for unit, shown in units.items()}
     # To ask where the manager listens would start the daemon.
     asleep = state.get("pagedd.socket") == "active" and state.get("pagedd.service") == "inactive"

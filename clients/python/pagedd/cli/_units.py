@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,8 @@ from pagedd._paths import state_dir
 MARK = "Written by 'pagedd service install'"
 """In each file of ours: others are not overwritten."""
 
-LABEL = "io.pagedd.daemon"
+PLIST = "io.pagedd.daemon.plist"
+"""What launchd's files are made from."""
 
 Command = tuple[str, ...]
 
@@ -33,14 +35,30 @@ class Service:
     """Units to enable so that it starts when it is asked something."""
     at_login: tuple[str, ...]
     """Units to enable so that it starts at login."""
+    label: str
+    """launchd's name of it."""
+    command: str
+    """Of `pagedd`."""
 
+
+DAEMON, GATEWAY = "pagedd", "pagedd-gateway"
 
 SERVICES: dict[str, Service] = {
-    "pagedd": Service(
+    DAEMON: Service(
         units=("pagedd.socket", "pagedd.service"),
         on_demand=("pagedd.socket",),
         at_login=("pagedd.socket", "pagedd.service"),
-    )
+        label="io.pagedd.daemon",
+        command="serve",
+    ),
+    # It takes 50 MB, and nobody listens in its place.
+    GATEWAY: Service(
+        units=("pagedd-gateway.service",),
+        on_demand=("pagedd-gateway.service",),
+        at_login=("pagedd-gateway.service",),
+        label="io.pagedd.gateway",
+        command="gateway",
+    ),
 }
 
 NAMES = tuple(unit for service in SERVICES.values() for unit in service.units)
@@ -69,22 +87,33 @@ class Plan:
     """When they are gone."""
 
 
-def plan(at_login: bool, platform: str = sys.platform) -> Plan:
+def plan(at_login: bool, services: Sequence[str] = (DAEMON,), platform: str = sys.platform) -> Plan:
     """For this user on this machine."""
-    return _launchd() if platform == "darwin" else _systemd(at_login)
+    chosen = [SERVICES[name] for name in services]
+    return _launchd(chosen) if platform == "darwin" else _systemd(at_login, chosen)
 
 
-def _systemd(at_login: bool) -> Plan:
+def installed(platform: str = sys.platform) -> tuple[str, ...]:
+    """The services that have a file of this user."""
+    return tuple(
+        name
+        for name in SERVICES
+        if any(file.path.exists() for file in plan(False, (name,), platform).files)
+    )
+
+
+def _systemd(at_login: bool, services: Sequence[Service]) -> Plan:
     config = os.environ.get("XDG_CONFIG_HOME", "")
     base = Path(config) if os.path.isabs(config) else Path.home() / ".config"
     folder = base / "systemd" / "user"
-    files = [UnitFile(folder / name, rendered(name, program())) for name in NAMES]
+    names = [unit for service in services for unit in service.units]
+    files = [UnitFile(folder / name, rendered(name, program())) for name in names]
     chosen: list[str] = []
-    for service in SERVICES.values():
+    for service in services:
         chosen += service.at_login if at_login else service.on_demand
     systemctl = ("systemctl", "--user")
     reload = (*systemctl, "daemon-reload")
-    others = [name for name in NAMES if name not in chosen]
+    others = [name for name in names if name not in chosen]
     return Plan(
         files=tuple(files),
         probe=(*systemctl, "show-environment"),
@@ -95,22 +124,26 @@ def _systemd(at_login: bool) -> Plan:
             (*systemctl, "enable", *chosen),
             (*systemctl, "restart", *chosen),
         ),
-        uninstall=((*systemctl, "disable", "--now", *NAMES),),
+        uninstall=((*systemctl, "disable", "--now", *names),),
         afterwards=(reload, (*systemctl, "reset-failed")),
     )
 
 
-def _launchd() -> Plan:
-    path = Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist"
-    arguments = "\n".join(f"    <string>{escape(word)}</string>" for word in (*program(), "serve"))
-    text = template(f"{LABEL}.plist").replace("@ARGUMENTS@", arguments)
-    text = text.replace("@LOG@", escape(str(state_dir() / "daemon.log")))
+def _launchd(services: Sequence[Service]) -> Plan:
+    files: list[UnitFile] = []
+    for service in services:
+        path = Path.home() / "Library" / "LaunchAgents" / f"{service.label}.plist"
+        words = (*program(), service.command)
+        arguments = "\n".join(f"    <string>{escape(word)}</string>" for word in words)
+        text = template(PLIST).replace("@ARGUMENTS@", arguments).replace("@LABEL@", service.label)
+        log = state_dir() / f"{service.label.rpartition('.')[2]}.log"
+        files.append(UnitFile(path, text.replace("@LOG@", escape(str(log)))))
     domain = f"gui/{os.getuid()}"
     return Plan(
-        files=(UnitFile(path, text),),
+        files=tuple(files),
         probe=("launchctl", "version"),
-        install=(("launchctl", "bootstrap", domain, str(path)),),
-        uninstall=(("launchctl", "bootout", f"{domain}/{LABEL}"),),
+        install=tuple(("launchctl", "bootstrap", domain, str(file.path)) for file in files),
+        uninstall=tuple(("launchctl", "bootout", f"{domain}/{s.label}") for s in services),
         afterwards=(),
     )
 
