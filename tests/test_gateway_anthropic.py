@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def test_a_message_is_the_same_at_once_and_as_events(daemon: RunningDaemon) -> N
         response = await client.post("/v1/messages", json={**ASKED, "stream": True})
         said = events(response)
         kinds = [event["type"] for event in said]
-        assert kinds[:3] == ["message_start", "content_block_start", "ping"]
+        assert kinds[:3] == ["message_start", "ping", "content_block_start"]
         assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
         assert set(kinds[3:-3]) == {"content_block_delta"}
         assert [f"event: {kind}" for kind in kinds] == [
@@ -97,7 +98,50 @@ def test_blocks_are_read_as_the_text_they_hold(daemon: RunningDaemon) -> None:
     with_gateway(daemon.host, use)
 
 
-TEXT = {"type": "text", "text": "x"}
+TOOL = {
+    "name": "weather",
+    "description": "How it is there.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_a_demanded_tool_is_used_with_input_of_its_schema(daemon: RunningDaemon) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        asked: dict[str, Any] = {"tools": [TOOL], "max_tokens": 200, "tool_choice": choice}
+        whole = await got(client, **asked)
+        (block,) = whole["content"]
+        assert (whole["stop_reason"], block["type"]) == ("tool_use", "tool_use")
+        assert (block["name"], list(block["input"])) == ("weather", ["city"])
+        response = await client.post("/v1/messages", json={**ASKED, **asked, "stream": True})
+        said = events(response)
+        start, delta, stop = [e for e in said if e["type"].startswith("content_block_")]
+        assert start["content_block"]["type"] == "tool_use"
+        assert start["content_block"]["input"] == {}
+        assert json.loads(delta["delta"]["partial_json"])["city"] in ("Rome", "Oslo")
+        assert stop["index"] == start["index"] == 0
+        assert said[-2]["delta"]["stop_reason"] == "tool_use"
+        answer = {"type": "tool_result", "tool_use_id": block["id"], "content": "sunny"}
+        messages = [
+            *HELLO,
+            {"role": "assistant", "content": whole["content"]},
+            {"role": "user", "content": [answer]},
+        ]
+        more = await got(client, "messages/count_tokens", messages=messages, tools=[TOOL])
+        fewer = await got(client, "messages/count_tokens", tools=[TOOL])
+        bare = await got(client, "messages/count_tokens")
+        assert more["input_tokens"] > fewer["input_tokens"] > bare["input_tokens"]
+        free = await got(client, tools=[TOOL], tool_choice={"type": "none"})
+        assert free["content"][0]["type"] == "text"
+
+    with_gateway(daemon.host, use)
+
+
 WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"max_tokens": None}, 400, "invalid_request_error"),
     ({"max_tokens": 0}, 400, "invalid_request_error"),
@@ -111,6 +155,9 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "invalid_request_error"),
     ({"system": [{"type": "document"}]}, 400, "invalid_request_error"),
+    ({"tools": [{"name": "x"}]}, 400, "invalid_request_error"),
+    ({"tools": [{"type": "web_search_1", "name": "x"}]}, 400, "invalid_request_error"),
+    ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "y"}}, 400, "invalid_request_error"),
     ({"temperature": 1.5}, 400, "invalid_request_error"),
     ({"stop_sequences": ["x" * 300]}, 400, "invalid_request_error"),
     ({"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "invalid_request_error"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pagedd_http.chatting import Conversation
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.gateway import with_gateway
 
@@ -109,6 +111,51 @@ def test_logprobs_come_with_their_text(daemon: RunningDaemon) -> None:
         assert len(whole["logprobs"][0]["top_logprobs"]) == 2
         pieces = await streamed(client, "chat", **asked)
         assert [one for piece in pieces for one in piece.get("logprobs", ())] == whole["logprobs"]
+
+    with_gateway(daemon.host, use)
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_calls_of_tools_are_objects_and_no_text(
+    daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ollama has no way to demand a call, and noise makes none by itself."""
+    demanding = functools.partial(Conversation, required=True, parallel=False)
+    monkeypatch.setattr("pagedd_http.ollama.bodies.Conversation", demanding)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for stream in (False, True):
+            asked = {"messages": HELLO, "tools": [TOOL], "options": {"seed": 3}}
+            if stream:
+                replies = await streamed(client, "chat", **asked)
+            else:
+                replies = [await got(client, "chat", **asked)]
+            (calls,) = [r["message"]["tool_calls"] for r in replies if "tool_calls" in r["message"]]
+            (call,) = calls
+            assert call["function"]["name"] == "weather"
+            assert call["function"]["arguments"]["city"] in ("Rome", "Oslo")
+            assert "".join(map(text_of, replies)) == ""
+            assert replies[-1]["done_reason"] == "stop"
+            answered = [
+                *HELLO,
+                {"role": "assistant", "content": "", "tool_calls": calls},
+                {"role": "tool", "tool_name": "weather", "content": "sunny"},
+            ]
+            again = await got(client, "chat", messages=answered, tools=[TOOL])
+            assert again["prompt_eval_count"] > replies[-1]["prompt_eval_count"]
 
     with_gateway(daemon.host, use)
 

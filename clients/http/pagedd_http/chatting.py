@@ -100,6 +100,11 @@ class Reply:
         return self._stream.model or ""
 
     @property
+    def prompt_tokens(self) -> int | None:
+        """Length of the prompt; known from the first piece on."""
+        return self._stream.prompt_tokens
+
+    @property
     def result(self) -> Completion:
         """The whole, once it is over. Texts have calls in them as the model wrote them."""
         return self._stream.result
@@ -140,12 +145,10 @@ async def answer(client: AsyncClient, forms: Forms, conversation: Conversation) 
     Raises:
         PageddError: The daemon cannot.
     """
-    options, messages = dict(conversation.options), conversation.messages
+    options = dict(conversation.options)
     functions = conversation.functions
-    form: Form | None = None
-    tools = None
-    if functions:
-        form = await forms.of(client, conversation.options.get("model"))
+    form, messages, tools = await _read(client, forms, conversation)
+    if form is not None:
         schema = options.pop("json_schema", None)
         options["grammar"] = grammar(
             form,
@@ -154,10 +157,6 @@ async def answer(client: AsyncClient, forms: Forms, conversation: Conversation) 
             parallel=conversation.parallel,
             answer=schema if isinstance(schema, Mapping) else None,
         )
-        if form.own:
-            tools = [function.described() for function in functions]
-        else:
-            messages = spelled_out(messages, functions)
     stream = client.chat(
         messages,
         tools=tools,
@@ -165,3 +164,32 @@ async def answer(client: AsyncClient, forms: Forms, conversation: Conversation) 
         **cast(GenerateOptions, options),
     )
     return Reply(stream, form)
+
+
+async def count(client: AsyncClient, forms: Forms, conversation: Conversation) -> int:
+    """How many tokens the model would read of it.
+
+    Raises:
+        PageddError: The daemon cannot say.
+    """
+    _, messages, tools = await _read(client, forms, conversation)
+    rendered = await client.render(
+        messages,
+        tools=tools,
+        template_args=conversation.template_args or None,
+        model=conversation.options.get("model"),
+    )
+    return len(rendered.tokens)
+
+
+async def _read(
+    client: AsyncClient, forms: Forms, conversation: Conversation
+) -> tuple[Form | None, Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
+    """How calls are written, if there may be any, and messages and tools for the template."""
+    functions = conversation.functions
+    if not functions:
+        return None, conversation.messages, None
+    form = await forms.of(client, conversation.options.get("model"))
+    if form.own:
+        return form, conversation.messages, [function.described() for function in functions]
+    return form, spelled_out(conversation.messages, functions), None

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from pagedd import GenerateOptions
+from pagedd_http.chatting import Conversation
 from pagedd_http.errors import ApiError
+from pagedd_http.tools import Function
 
 
 class AnthropicBody(BaseModel):
@@ -26,21 +28,61 @@ class Message(AnthropicBody):
     content: str | list[dict[str, Any]]
 
 
+class Tool(AnthropicBody):
+    """One of ``tools``; those that Anthropic's own servers run have another type."""
+
+    type: Literal["custom"] | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+
+class ToolChoice(AnthropicBody):
+    """``tool_choice``."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
 class CountBody(AnthropicBody):
     """``POST /v1/messages/count_tokens``, and what `MessagesBody` shares with it."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """As chat templates know it: calls and their results as messages of their own.
+    def conversation(self) -> Conversation:
+        """What the model is to answer.
 
         Raises:
-            ApiError: It holds what a text model cannot read.
+            ApiError: It holds what a text model cannot read, or the choice of a tool is wrong.
         """
+        choice = self.tool_choice or ToolChoice(type="auto")
+        tools = [] if choice.type == "none" else self.tools or []
+        if choice.type == "tool":
+            tools = [tool for tool in tools if tool.name == choice.name]
+        required = choice.type in ("any", "tool")
+        if required and not tools:
+            raise ApiError(400, "tool_choice: there is no such tool", param="tool_choice")
+        return Conversation(
+            self._messages(),
+            self.options(),
+            functions=tuple(
+                Function(tool.name, tool.description or "", tool.input_schema) for tool in tools
+            ),
+            required=required,
+            parallel=not choice.disable_parallel_tool_use,
+        )
+
+    def options(self) -> GenerateOptions:
+        """As the daemon's protocol has them; what was left out has the daemon's default."""
+        return {"model": self.model}
+
+    def _messages(self) -> list[dict[str, Any]]:
+        """As chat templates know them: calls and their results as messages of their own."""
         plain: list[dict[str, Any]] = []
         if self.system:
             plain.append({"role": "system", "content": _text(self.system, "system")})
@@ -60,7 +102,7 @@ class MessagesBody(CountBody):
     top_k: Annotated[int, Field(ge=0)] | None = None
 
     def options(self) -> GenerateOptions:
-        """As the daemon's protocol has them; what was left out has the daemon's default."""
+        """See `CountBody`."""
         options: dict[str, Any] = {
             "model": self.model,
             "max_tokens": self.max_tokens,

@@ -44,11 +44,13 @@ def message(model: str, content: list[dict[str, Any]], **more: Any) -> dict[str,
     }
 
 
-def ended(done: Completion) -> dict[str, Any]:
+def ended(done: Completion, *, called: bool) -> dict[str, Any]:
     """Why it ended: ``stop_reason`` and ``stop_sequence``."""
     sample = done.samples[0]
     if sample.stop is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": sample.stop}
+    if called and sample.reason == "stop":
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     reasons = {"length": "max_tokens", "context": "model_context_window_exceeded"}
     return {"stop_reason": reasons.get(sample.reason, "end_turn"), "stop_sequence": None}
 

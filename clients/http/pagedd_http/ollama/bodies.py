@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from pagedd import GenerateOptions
+from pagedd_http.chatting import Conversation
 from pagedd_http.errors import ApiError
+from pagedd_http.openai.bodies import LENIENT, Tool
 
 TO_THE_END = 2**31 - 1
 """``max_tokens`` where ``num_predict`` sets no bound: the daemon cuts it at the model's context."""
@@ -71,9 +73,9 @@ class Work(Named):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def template_args(self) -> dict[str, Any] | None:
+    def template_args(self) -> dict[str, Any]:
         """Variables of the chat template that thinking models read."""
-        return None if self.think is None else {"enable_thinking": bool(self.think)}
+        return {} if self.think is None else {"enable_thinking": bool(self.think)}
 
     def generate_options(self) -> GenerateOptions:
         """As the daemon's protocol has them; what was left out has the daemon's default."""
@@ -104,7 +106,7 @@ class Work(Named):
         """The schema the text has to match."""
         if self.format == "json":
             return {"type": "object"}
-        return self.format or None if isinstance(self.format, dict) else None
+        return {**self.format, **LENIENT} if isinstance(self.format, dict) else None
 
 
 class GenerateBody(Work):
@@ -133,10 +135,11 @@ class GenerateBody(Work):
             if given:
                 raise ApiError(400, f"{field}: {why}", code="unsupported", param=field)
 
-    def messages(self) -> list[dict[str, Any]]:
+    def conversation(self) -> Conversation:
         """The prompt as the conversation that the model's template makes of it."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.prompt}]
+        messages = [*system, {"role": "user", "content": self.prompt}]
+        return Conversation(messages, self.generate_options(), template_args=self.template_args)
 
 
 class CalledFunction(OllamaBody):
@@ -166,15 +169,20 @@ class ChatBody(Work):
     """``POST /api/chat``."""
 
     messages: list[Message] = []
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """As chat templates know it.
+    def conversation(self) -> Conversation:
+        """What the model is to answer.
 
         Raises:
             ApiError: A message holds what a text model cannot read.
         """
-        return [_plain(message, f"messages.{at}") for at, message in enumerate(self.messages)]
+        return Conversation(
+            [_plain(message, f"messages.{at}") for at, message in enumerate(self.messages)],
+            self.generate_options(),
+            functions=tuple(tool.function.plain() for tool in self.tools or ()),
+            template_args=self.template_args,
+        )
 
 
 def _plain(message: Message, where: str) -> dict[str, Any]:

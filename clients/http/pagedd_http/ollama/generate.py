@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -9,27 +10,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagedd_http.answers import body_of
+from pagedd_http.chatting import Reply, answer
 from pagedd_http.gateway import client_of, gateway_of
 from pagedd_http.ollama.bodies import GenerateBody
-from pagedd_http.ollama.replies import Reply, loaded
+from pagedd_http.ollama.replies import Answer, loaded
 from pagedd_http.openai.logprobs import Logprobs
+from pagedd_http.tools import Call
 
 
 async def generate(request: Request) -> Response:
     """Answer a prompt through the model's template, or with ``raw`` continue it as it is."""
     body = await body_of(request, GenerateBody)
     body.check()
-    client, options = await client_of(request), body.generate_options()
+    conversation = body.conversation()
+    client, gateway = await client_of(request), gateway_of(request)
     if not body.prompt:
-        return await loaded(client, body, _piece(""))
-    reply = Reply(body, _piece, Logprobs(gateway_of(request).pieces, client))
+        return await loaded(client, body, _piece("", ()))
     if body.raw:
-        return await reply.answer(request, client.generate(body.prompt, **options))
-    stream = client.chat(body.messages(), template_args=body.template_args, **options)
-    return await reply.answer(request, stream)
+        reply = Reply(client.generate(body.prompt, **conversation.options), None)
+    else:
+        reply = await answer(client, gateway.forms, conversation)
+    return await Answer(body, _piece, Logprobs(gateway.pieces, client)).to(request, reply)
 
 
-def _piece(text: str) -> dict[str, Any]:
+def _piece(text: str, calls: Sequence[Call]) -> dict[str, Any]:
     return {"response": text}
 
 

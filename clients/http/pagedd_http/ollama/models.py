@@ -79,7 +79,7 @@ async def show(request: Request) -> JSONResponse:
             "template": "",
             "details": row["details"],
             "model_info": {key: value for key, value in info.items() if value is not None},
-            "capabilities": ["completion"],
+            "capabilities": ["completion", "tools"],
             "modified_at": row["modified_at"],
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from pagedd import AsyncClient, AsyncStream, Completion
+from pagedd import AsyncClient, Completion
 from pagedd_http.answers import EventStream, dumps, unless_gone
+from pagedd_http.chatting import Reply
 from pagedd_http.errors import ApiError
 from pagedd_http.ollama.bodies import Work
 from pagedd_http.openai.logprobs import Logprobs
+from pagedd_http.tools import Call
 
 REASON = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 """Ollama's word for the daemon's reason."""
@@ -37,44 +39,51 @@ def line(data: Any) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Answer:
     """How one request is answered: as pieces or at once."""
 
     body: Work
-    piece: Callable[[str], dict[str, Any]]
-    """Text as the interface has it: ``response`` or ``message``."""
+    piece: Callable[[str, Sequence[Call]], dict[str, Any]]
+    """Text and calls as the interface has them: ``response`` or ``message``."""
     logprobs: Logprobs
     started: float = field(default_factory=time.monotonic)
 
-    async def answer(self, request: Request, stream: AsyncStream) -> Response:
-        """The response to a request that ``stream`` serves."""
+    async def to(self, request: Request, reply: Reply) -> Response:
+        """The response to a request with what the model says."""
         if self.body.stream is not False:
             return EventStream(
-                self._lines(stream),
+                self._lines(reply),
                 "application/x-ndjson",
                 lambda error: line(error_body(error)),
             )
-        return JSONResponse(await unless_gone(request, self._whole(stream)))
+        return JSONResponse(await unless_gone(request, self._whole(reply)))
 
-    async def _whole(self, stream: AsyncStream) -> dict[str, Any]:
-        async with stream:
-            done = await stream.wait()
+    async def _whole(self, reply: Reply) -> dict[str, Any]:
+        texts: list[str] = []
+        calls: list[Call] = []
+        async with reply:
+            async for piece in reply:
+                texts.append(piece.text)
+                calls += piece.calls
+            done = reply.result
         told: dict[str, Any] = {}
         if self.body.logprobs:
             sample = done.samples[0]
             told = await self._told(done.model, sample.tokens, sample.logprobs)
-        return {**self._head(), **self.piece(done.text), **told, **self._end(done)}
+        said = self.piece("".join(texts), calls)
+        return {**self._head(), **said, **told, **self._end(done)}
 
-    async def _lines(self, stream: AsyncStream) -> AsyncGenerator[bytes, None]:
-        async with stream:
-            async for chunk in stream:
+    async def _lines(self, reply: Reply) -> AsyncGenerator[bytes, None]:
+        async with reply:
+            async for piece in reply:
                 told: dict[str, Any] = {}
-                if self.body.logprobs and chunk.tokens:
-                    told = await self._told(stream.model or "", chunk.tokens, chunk.logprobs)
-                if chunk.text or told:
-                    yield line({**self._head(), **self.piece(chunk.text), **told, "done": False})
-            done = stream.result
-        yield line({**self._head(), **self.piece(""), **self._end(done)})
+                if self.body.logprobs and piece.tokens:
+                    told = await self._told(reply.model, piece.tokens, piece.logprobs)
+                if piece.text or piece.calls or told:
+                    said = self.piece(piece.text, piece.calls)
+                    yield line({**self._head(), **said, **told, "done": False})
+            done = reply.result
+        yield line({**self._head(), **self.piece("", ()), **self._end(done)})
 
     async def _told(self, model: str, tokens: Any, entries: Any) -> dict[str, Any]:
         told = await self.logprobs.of_chat(model, tokens, entries or ())
