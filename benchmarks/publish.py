@@ -35,7 +35,11 @@ def table(document: Mapping[str, Any], source: str) -> str:
     for row in document["rows"]:
         value = f"{shown(row['value'])} {row['unit']}"
         missed = "" if row["ok"] else " (**missed**)"
-        lines.append(f"| {row['what']} | {value}{missed} | {row['must']} | {row.get('note', '')} |")
+        notes = [row.get("note", "")]
+        if (commit := row.get("commit", document["commit"])) != document["commit"]:
+            notes.append(f"at commit `{commit}`")
+        how = "; ".join(note for note in notes if note)
+        lines.append(f"| {row['what']} | {value}{missed} | {row['must']} | {how} |")
     return "\n".join(lines) + "\n"
 
 

@@ -80,6 +80,18 @@ def test_the_page_of_figures_says_what_the_result_files_say() -> None:
     assert publish.published(page, RESULTS) == page, "run `python -m benchmarks.publish`"
 
 
+def test_a_row_of_an_earlier_commit_says_so() -> None:
+    row = {"what": "speed", "value": 2.0, "unit": "x", "must": "", "ok": True}
+    rows = [{**row, "note": "quick"}, {**row, "commit": "abc"}, {**row, "commit": "def"}]
+    head = {"command": "make bench-test", "machine": "m", "date": "d", "commit": "def"}
+    *_, first, second, third = publish.table({**head, "rows": rows}, "x.json").splitlines()
+    assert [line.split(" | ")[-1] for line in (first, second, third)] == [
+        "quick |",
+        "at commit `abc` |",
+        " |",
+    ]
+
+
 def test_a_quick_run_is_not_published(tmp_path: Path) -> None:
     for quick in (True, False):
         report = Report("bench-cpu", quick=quick)

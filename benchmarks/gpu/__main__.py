@@ -65,13 +65,17 @@ def gpu_machine() -> tuple[str, str]:
 
 
 def write_merged(report: Report, stage: str, folder: Path) -> None:
-    """Write a stage's rows, in the place of those of its last run, beside those of the others."""
+    """Write a stage's rows, in the place of those of its last run, beside those of the others. Each
+    row names the commit that it was measured at."""
     path = folder / f"{report.target}-{report.machine[0]}.json"
     others = []
     if path.is_file():
-        others = [r for r in json.loads(path.read_text())["rows"] if r.get("stage") != stage]
+        before = json.loads(path.read_text())
+        rows = [row for row in before["rows"] if row.get("stage") != stage]
+        others = [{**row, "commit": row.get("commit", before["commit"])} for row in rows]
     document = json.loads(report.write(folder).read_text())
-    document["rows"] = others + [{**row, "stage": stage} for row in document["rows"]]
+    now = {"stage": stage, "commit": document["commit"]}
+    document["rows"] = others + [{**row, **now} for row in document["rows"]]
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
