@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -408,6 +410,41 @@ def test_away_is_503_until_the_daemon_is_there(tmp_path: Path) -> None:
         assert away.json()["error"]["type"] == "server_error"
 
     with_gateway(f"unix://{tmp_path}/pagedd.sock", use)
+
+
+def test_a_daemon_that_does_not_answer_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedd_http.daemon.OPEN_S", 0.2)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        response = await client.get("/v1/models")
+        assert (response.status_code, "did not answer" in response.text) == (503, True)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="pagedd-") as folder,
+        socket.socket(socket.AF_UNIX) as s,
+    ):
+        s.bind(f"{folder}/pagedd.sock")
+        s.listen()
+        with_gateway(f"unix://{folder}/pagedd.sock", use)
+
+
+def test_a_daemon_that_drains_is_503_and_its_streams_end_well() -> None:
+    with running_daemon(model="simulated") as daemon:
+
+        async def use(client: httpx.AsyncClient) -> None:
+            body = {"prompt": "x", "max_tokens": 100_000, "ignore_eos": True}
+            running = asyncio.create_task(client.post("/v1/completions", json=body))
+            with daemon.control() as control:
+                await until(lambda: used(control) > 0)
+                control.shutdown(drain=True)
+            refused = await client.post("/v1/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "E_DRAINING")
+            assert int(refused.headers["retry-after"]) >= 1
+            running.cancel()
+            await asyncio.wait([running])
+
+        run(daemon, use)
+        assert daemon.wait() == 0
 
 
 def test_a_daemon_that_was_restarted_is_found_again(tmp_path: Path) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
-from pagedd import AsyncClient
+from pagedd import AsyncClient, ConnectionFailed
 from pagedd_http.settings import App, Settings
 
 MAX_CONNECTIONS = 64
 """Apps that are connected at the same time. Beyond that the one unused for longest is closed; a
 client chooses its app's name where no keys are asked for, and names are free."""
+
+
+OPEN_S = 10.0
+"""The longest wait for the daemon's answer to a hello; requests may take as long as they take."""
 
 
 class Daemon:
@@ -45,7 +49,10 @@ class Daemon:
         client = AsyncClient(
             app.name, app.priority, host=self._settings.daemon, timeout=self._settings.timeout_s
         )
-        await client.open()
+        try:
+            await asyncio.wait_for(client.open(), OPEN_S)
+        except asyncio.TimeoutError:
+            raise ConnectionFailed(f"the daemon did not answer within {OPEN_S:g} s") from None
         lost = self._clients.pop(app, None)
         self._clients[app] = client
         if lost is not None:

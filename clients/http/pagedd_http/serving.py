@@ -19,6 +19,9 @@ from pagedd_http.app import create_app
 from pagedd_http.peers import PeerProtocol
 from pagedd_http.settings import LOOPBACK_NAMES, App, Settings
 
+MAX_CONNECTIONS = 1024
+"""Beyond that, clients get 503 at once: each takes a descriptor."""
+
 GRACE_S = 10
 """How long streams may go on after SIGTERM."""
 
@@ -74,6 +77,7 @@ def serve(settings: Settings, *, host: str, port: int, uds: Path | None) -> int:
         lifespan="on",
         http=PeerProtocol,
         ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
     )
     listening = _unix(uds) if uds is not None else _tcp(settings, host, port)
