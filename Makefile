@@ -57,6 +57,9 @@ bench-service: $(READY) ## measure what living with the service costs, about 4 m
 chaos: $(READY) ## kill engines under load, attack the daemon, 45 minutes or so; KILLS=60 for fewer, ONLY=fuzz for a part
 	@$(BIN)/python -m benchmarks.chaos $(ONLY) $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
+soak: $(READY) ## an hour of the desktop mix with faults: nothing may grow; SECONDS=180 for a shorter one
+	@$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))
+
 bench-paper: $(READY) ## repeat the PagedAttention paper's experiments in simulated time, 30 minutes or so
 	@$(BIN)/python -m benchmarks.paper
 

@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 TARGETS = (
     *("bench-cpu", "bench-desktop", "bench-gateway", "bench-gpu", "bench-service"),
     "chaos",
+    "soak",
 )
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 
