@@ -504,6 +504,16 @@ def test_a_gateway_on_a_unix_socket_serves_its_owner_alone(
     assert not path.exists()
 
 
+def test_a_gateway_answers_to_the_address_it_listens_at(daemon: RunningDaemon) -> None:
+    with running_gateway(daemon, "--host", "127.0.0.2", "--allow-host", "box.example") as gateway:
+        assert httpx.get(f"{gateway.address}/v1/models").status_code == 200
+        for name, status in (("box.example", 200), ("other.example", 403)):
+            response = httpx.get(f"{gateway.address}/v1/models", headers={"host": name})
+            assert response.status_code == status
+    taken = daemon.command("gateway", "--host", "nowhere.example")
+    assert (taken.returncode, "no address" in taken.stderr) == (69, True)
+
+
 def test_a_gateway_listens_at_no_address_of_the_network_without_keys(
     daemon: RunningDaemon,
 ) -> None:

@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -24,6 +25,9 @@ MAX_CONNECTIONS = 1024
 
 GRACE_S = 10
 """How long streams may go on after SIGTERM."""
+
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class ListenError(Exception):
@@ -69,8 +73,11 @@ def serve(settings: Settings, *, host: str, port: int, uds: Path | None) -> int:
     Raises:
         ListenError: The address is taken, or is not one to listen at.
     """
+    names = settings.host_names
+    if uds is None and (address := _address(host)) is not None:
+        names |= {_shown(address)}
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(replace(settings, host_names=names)),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -91,12 +98,24 @@ def serve(settings: Settings, *, host: str, port: int, uds: Path | None) -> int:
     return 0
 
 
+def _address(host: str) -> _Address | None:
+    """What an address says, or None for none; names of other machines are none of ours."""
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _shown(address: _Address) -> str:
+    """As URLs and ``Host`` have it."""
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
 @contextlib.contextmanager
 def _tcp(settings: Settings, host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
-    except ValueError:
-        raise ListenError(f"'{host}' is no address", "Use 127.0.0.1 or ::1.") from None
+    address = _address(host)
+    if address is None:
+        raise ListenError(f"'{host}' is no address", "Use 127.0.0.1 or ::1.")
     if not address.is_loopback and not settings.key_required:
         raise ListenError(
             f"{address} can be reached from other machines, so clients must have API keys",
@@ -112,8 +131,7 @@ def _tcp(settings: Settings, host: str, port: int) -> Iterator[tuple[socket.sock
                 f"cannot listen at {address}, port {port}: {error.strerror}",
                 "Choose another --port, or see with 'ss -ltnp' who has it.",
             ) from None
-        shown = f"[{address}]" if address.version == 6 else str(address)
-        yield sock, f"http://{shown}:{sock.getsockname()[1]}"
+        yield sock, f"http://{_shown(address)}:{sock.getsockname()[1]}"
 
 
 @contextlib.contextmanager
