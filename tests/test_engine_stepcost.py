@@ -89,3 +89,15 @@ def test_steps_with_prompts_and_few_streams_do_not_hide_what_a_stream_costs() ->
         cost.observe(streams, prompt, noise * (0.008 + 0.0033 * streams + 0.0031 * prompt))
         if step > 60:
             assert cost.decodes_within(0.060) <= 20
+
+
+def test_a_machine_that_was_busy_for_a_while_does_not_make_streams_look_free() -> None:
+    dice = random.Random(2)
+    cost = StepCost()
+    for step in range(400):
+        streams, prompt = (8, 60) if step % 12 == 0 else (14, 0)
+        slow = 3.0 if 200 <= step < 216 else 1.0
+        noise = slow * dice.uniform(0.95, 1.1)
+        cost.observe(streams, prompt, noise * (0.008 + 0.0033 * streams + 0.0031 * prompt))
+        if step > 60:
+            assert cost.decodes_within(0.060) <= 28

@@ -45,7 +45,7 @@ from pagedd_daemon.engine.relief import Relief
 from pagedd_daemon.engine.residents import Residents
 from pagedd_daemon.engine.room import Room
 from pagedd_daemon.engine.scoring import follows
-from pagedd_daemon.engine.stepcost import StepCost
+from pagedd_daemon.engine.stepcost import LEAST_ASIDE, LEAST_DECODES, StepCost
 from pagedd_daemon.engine.stretch import Stretch, steps_ahead
 from pagedd_daemon.engine.turns import Turns
 from pagedd_daemon.engine.work import (
@@ -230,7 +230,7 @@ class Scheduler:
                 return None  # the next step may need the memory that they give back
             decodes = [s for s in decodes if s.runs]
         pace = self.turns.pace()
-        decodes = self.turns.decoding(decodes, pace, self.cost.decodes_within(pace.decode_s))
+        decodes = self.turns.decoding(decodes, pace, self._decodes_within(pace))
         ready, pressed = self._room.make(decodes, in_flight=bool(self._flights))
         self._residents.evicted.clear()
         if self._entrance.let_in(now, pressed=pressed) or pressed:
@@ -241,7 +241,7 @@ class Scheduler:
             ready = [s for s in ready if s.runs and s.seq not in self._residents.evicted]
             self.turns.look(self._residents.sequences.values())
             pace = self.turns.pace()
-            ready = self.turns.decoding(ready, pace, self.cost.decodes_within(pace.decode_s))
+            ready = self.turns.decoding(ready, pace, self._decodes_within(pace))
         chunks = self._chunks(ready, pace)
         if not ready and not chunks:
             if not (
@@ -369,6 +369,11 @@ class Scheduler:
             self._residents.tell(StepFailed(stretch.epoch))
 
     # ------------------------------------------------------------------------------- parts of plan
+
+    def _decodes_within(self, pace: Pace) -> int:
+        """Streams that decode beside whatever else this step computes."""
+        person = pace.spared is PriorityClass.INTERACTIVE
+        return self.cost.decodes_within(pace.decode_s, LEAST_ASIDE if person else LEAST_DECODES)
 
     def _chunks(self, ready: list[Sequence], pace: Pace) -> list[tuple[Sequence, int]]:
         """Chunks of prompts for this step, by turn, whole blocks where a prompt goes on."""

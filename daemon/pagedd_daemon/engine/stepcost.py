@@ -8,8 +8,8 @@ from collections import deque
 
 import numpy as np
 
-_LEAST_DECODES = 8
-"""Streams that decode in every step, however slow the machine."""
+LEAST_DECODES, LEAST_ASIDE = 8, 2
+"""Streams that decode in every step, however slow the machine; beside the prompt of a person."""
 _FIT_STEPS, _FIT_EVERY = 64, 16
 """Steps that the share of one stream in a step's time is learned from, and how often."""
 _PRIOR = 1.0
@@ -76,8 +76,8 @@ class StepCost:
             per_token_s = max(self._fit_token_s, per_token_s / 4)
         return min(most, max(least, int(rest / per_token_s)))
 
-    def decodes_within(self, target_s: float) -> int:
-        """Streams that can decode in one step within ``target_s``, at least `_LEAST_DECODES`.
+    def decodes_within(self, target_s: float, least: int = LEAST_DECODES) -> int:
+        """Streams that can decode in one step within ``target_s``, at least ``least``.
 
         Or as many as take no longer than what they share: where a step takes long by itself,
         leaving some out would gain nobody much. As long as their number has not changed, one is
@@ -89,7 +89,7 @@ class StepCost:
             fixed = max(0.0, self._decode_s - each * self._decodes)
         if each <= 0.0 or math.isinf(target_s):
             return sys.maxsize
-        return max(_LEAST_DECODES, int(max(target_s - fixed, fixed) / each))
+        return max(least, int(max(target_s - fixed, fixed) / each))
 
     def _fit(self) -> None:
         """Least squares over ``seconds = fixed + a x decodes + b x prefill tokens``.
@@ -107,7 +107,10 @@ class StepCost:
             seconds = np.append(seconds, weight * self._per_token_s)
         fixed, per_decode, per_token = np.linalg.lstsq(terms, seconds, rcond=None)[0]
         self._fitted = True
-        self._fixed_s = max(0.0, float(fixed))
+        # Where the machine was busy otherwise for a while, what that took is shared by no step.
+        seen = len(self._seen)
+        rest = seconds[:seen] - terms[:seen, 1:] @ np.array([per_decode, per_token])
+        self._fixed_s = max(0.0, min(float(fixed), float(rest.min())))
         self._per_decode_s, self._fit_token_s = float(per_decode), float(per_token)
 
     @property
