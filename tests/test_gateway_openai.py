@@ -428,6 +428,26 @@ def test_a_daemon_that_does_not_answer_is_503(monkeypatch: pytest.MonkeyPatch) -
         with_gateway(f"unix://{folder}/pagedd.sock", use)
 
 
+def test_a_stream_that_fails_on_its_way_says_so_in_its_last_event() -> None:
+    with running_daemon(model="simulated") as daemon:
+
+        async def use(client: httpx.AsyncClient) -> None:
+            body = {"prompt": "x", "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+            asking = asyncio.create_task(client.post("/v1/completions", json=body))
+            with daemon.control() as control:
+                await until(lambda: used(control) > 2)  # more than the prompt's block
+            daemon.kill()
+            response = await asking
+            assert response.status_code == 200
+            last = events(response)[-1]
+            assert (last["error"]["code"], last["error"]["type"]) == (
+                "E_SESSION_LOST",
+                "server_error",
+            )
+
+        run(daemon, use)
+
+
 def test_a_daemon_that_drains_is_503_and_its_streams_end_well() -> None:
     with running_daemon(model="simulated") as daemon:
 
