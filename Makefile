@@ -13,7 +13,7 @@ QUICK ?=
 
 export PAGEDD_QUICK := $(QUICK)
 
-.PHONY: help demo test test-gateway test-gpu check bench-cpu bench-desktop bench-gateway bench-gpu bench-service bench-paper docs dist deb dist-test clean
+.PHONY: help demo test test-gateway test-gpu check picture bench-cpu bench-desktop bench-gateway bench-gpu bench-service bench-paper docs dist deb dist-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ check: $(READY) ## ruff, mypy --strict, import boundaries, rules of safety, file
 	$(BIN)/python packaging/dev/check_imports.py
 	$(BIN)/python packaging/dev/check_safety.py
 	$(BIN)/python packaging/dev/check_length.py
+
+picture: $(READY) ## take the documentation's picture of the gateway's page (needs chromium)
+	@PAGEDD_WRITE_PICTURE=1 $(BIN)/python -m pytest tests/test_gateway_browser.py -k picture
 
 bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, half an hour or so
 	@$(BIN)/python -m benchmarks.cpu

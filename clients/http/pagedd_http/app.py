@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagedd_http import anthropic, llama_server, ollama, openai
+from pagedd_http import anthropic, llama_server, ollama, openai, page
 from pagedd_http.answers import ClientGone
 from pagedd_http.daemon import Daemon
 from pagedd_http.errors import ApiError, as_api_error
@@ -29,6 +29,7 @@ INTERFACES: tuple[Interface, ...] = (
     anthropic.INTERFACE,
     ollama.INTERFACE,
     llama_server.INTERFACE,
+    page.INTERFACE,
 )
 """All there are; errors of paths that none of them claims look like the first one's."""
 
