@@ -179,6 +179,18 @@ def test_models_are_listed_and_shown(daemon: RunningDaemon) -> None:
     with_gateway(daemon.host, use)
 
 
+def test_a_model_kept_for_longer_than_there_are_years_expires_in_a_hundred(
+    daemon: RunningDaemon,
+) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        await got(client, "generate", keep_alive=1e12)
+        (running,) = (await client.get("/api/ps")).json()["models"]
+        assert running["expires_at"].startswith("21")
+        await got(client, "generate", keep_alive="10m")
+
+    with_gateway(daemon.host, use)
+
+
 def test_nothing_to_say_loads_or_unloads_the_model() -> None:
     async def use(client: httpx.AsyncClient) -> None:
         async def there() -> list[str]:

@@ -74,7 +74,7 @@ def test_the_state_has_status_figures_and_every_block(daemon: RunningDaemon) -> 
 
 def test_looking_wakes_no_model() -> None:
     async def use(client: httpx.AsyncClient) -> None:
-        for path in ("/", "/pagedd/state", "/v1/models"):
+        for path in ("/", "/pagedd/state", "/v1/models", "/openapi.json"):
             assert (await client.get(path)).status_code == 200, path
         seen = (await client.get("/pagedd/state")).json()
         assert (seen["status"]["state"], seen["status"]["models"]) == ("asleep", [])

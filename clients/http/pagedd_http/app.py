@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagedd_http import anthropic, llama_server, ollama, openai, page
+from pagedd_http import anthropic, llama_server, ollama, openai, openapi, page
 from pagedd_http.answers import ClientGone
 from pagedd_http.daemon import Daemon
 from pagedd_http.errors import ApiError, as_api_error
@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             await daemon.close()
 
     app = Starlette(
-        routes=[route for interface in INTERFACES for route in interface.routes],
+        routes=[openapi.ROUTE, *(route for one in INTERFACES for route in one.routes)],
         middleware=[Middleware(Errors, INTERFACES), Middleware(Guard, settings)],
         exception_handlers={HTTPException: _no_route},
         lifespan=lifespan,

@@ -48,7 +48,9 @@ async def ps(request: Request) -> JSONResponse:
     rows = []
     for model in status["models"]:
         expires = model["expires_s"]
-        left = FOR_EVER if expires is None else timedelta(seconds=expires)
+        # A client may say any number of seconds, more than there are until the year 9999.
+        for_ever = expires is None or expires > FOR_EVER.total_seconds()
+        left = FOR_EVER if for_ever else timedelta(seconds=expires)
         row = next((row for row in found if row["name"] == model["name"]), {})
         rows.append(
             {
