@@ -280,6 +280,7 @@ def test_where_keys_are_set_it_asks_for_one(
     ) as seen:
         page = seen.page
         expect(page.locator("#ask")).to_be_visible()
+        expect(page.locator("#state")).to_have_text("locked")
         page.fill("#key", "pagedd-wrong")
         page.keyboard.press("Enter")
         expect(page.locator("#ask-wrong")).to_be_visible()
