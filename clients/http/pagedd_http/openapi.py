@@ -42,11 +42,7 @@ _KEYS: list[dict[str, list[str]]] = [{}, {"key": []}]
 
 
 def document(routes: Iterable[Any]) -> dict[str, Any]:
-    """The document of these routes.
-
-    Raises:
-        KeyError: A route takes a body, and `BODIES` does not say which.
-    """
+    """The document of these routes; a body that `BODIES` does not know is any object."""
     paths: dict[str, dict[str, Any]] = {}
     kinds = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
     refs, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
@@ -56,8 +52,9 @@ def document(routes: Iterable[Any]) -> dict[str, Any]:
         for method in sorted((route.methods or set()) - {"HEAD"}):
             operation = _operation(route)
             if method == "POST":
-                ref = refs[(BODIES[route.path], "validation")]
-                content = {"application/json": {"schema": ref}}
+                kind = BODIES.get(route.path)
+                schema = refs[(kind, "validation")] if kind else {"type": "object"}
+                content = {"application/json": {"schema": schema}}
                 operation["requestBody"] = {"required": True, "content": content}
             paths.setdefault(route.path_format, {})[method.lower()] = operation
     return {
