@@ -70,6 +70,7 @@ IN_A_MESSAGE: dict[str, tuple[int, Callable[[int], dict[str, Any]]]] = {
     "stop_strings": (5, lambda n: generate(stop=["x"] * n)),
     "stop_string_bytes": (11, lambda n: generate(stop=["é" * (n // 2) + "e" * (n % 2)])),
     "stop_token_ids": (5, lambda n: generate(stop_token_ids=[1] * n)),
+    "embed_inputs": (5, lambda n: {"v": 1, "verb": "embed", "id": "e", "texts": ["x"] * n}),
     "grammar_bytes": (60, lambda n: generate(regex="a" * n)),
     "logit_bias": (5, lambda n: generate(logit_bias=dict.fromkeys(range(n), 1.0))),
     "messages": (5, lambda n: chat(messages=[TURN] * n)),

@@ -74,7 +74,8 @@ def test_tokens_whose_text_is_held_back_are_not_lost() -> None:
             assert (finish.rid, finish.tokens) == (again.rid, 3)
             second.close_request(again.rid, "stop")
             done = await client.end(request)
-            assert done["finish"][0] == {"index": 0, "reason": "stop", "text": ""}
+            finish_told = {"index": 0, "reason": "stop", "text": "", "stop": "stop"}
+            assert done["finish"][0] == finish_told
             assert client.text(request) == "go "
 
     run(scenario())

@@ -136,6 +136,11 @@ class Messages:
             if "tokens" not in message or dice.random() < 0.5:
                 message.pop("tokens", None)
                 message["prompt"] = dice.choice(WORDS)
+        elif verb == "embed":
+            name = dice.choice(("texts", "tokens"))
+            for one in ("texts", "tokens"):
+                message.pop(one, None)
+            message[name] = [dice.choice(WORDS) if name == "texts" else bytes(8)]
         elif verb == "cancel":
             for name in ("token", "app", "all", "target"):
                 message.pop(name, None)

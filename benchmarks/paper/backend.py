@@ -11,6 +11,7 @@ from kvpager.types import Adopt, Instruction, Load, PageName, Spill, Store
 from pagedd_daemon.backends.base import (
     Capabilities,
     Elastic,
+    Embedder,
     Handle,
     MemoryReport,
     Step,
@@ -37,6 +38,8 @@ class TimingBackend:
     """
 
     elastic: Elastic | None = None
+    """See `Backend`."""
+    embedder: Embedder | None = None
     """See `Backend`."""
 
     def __init__(self, model: LatencyModel, blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:

@@ -66,6 +66,7 @@ _TOP_LEVEL: tuple[type[Any], ...] = (
     m.Configure,
     m.App,
     m.Submit,
+    m.Embed,
     m.Cancel,
     m.Finish,
     m.Pause,
@@ -81,12 +82,12 @@ _TOP_LEVEL: tuple[type[Any], ...] = (
 )
 _FIELDS = {
     kind: tuple(f.name for f in fields(kind))
-    for kind in (*_TOP_LEVEL, m.Output, m.Ended, m.Closed, m.Rejected, m.PromptScores)
+    for kind in (*_TOP_LEVEL, m.Output, m.Ended, m.Closed, m.Rejected, m.PromptScores, m.Embedded)
 }
 
 
 def _step_report(values: list[Any]) -> m.StepReport:
-    steps, outputs, ended, closed, rejected, started, prompts = values
+    steps, outputs, ended, closed, rejected, started, prompts, embedded = values
     return m.StepReport(
         steps,
         [m.Output(*o) for o in outputs],
@@ -95,6 +96,7 @@ def _step_report(values: list[Any]) -> m.StepReport:
         [m.Rejected(*r) for r in rejected],
         [(rid, cached) for rid, cached in started],
         [m.PromptScores(*p) for p in prompts],
+        [m.Embedded(*e) for e in embedded],
     )
 
 
@@ -120,6 +122,7 @@ def _pack_step(report: m.StepReport) -> bytes:
             [],
             report.started,
             [_values(p) for p in report.prompts],
+            [_values(e) for e in report.embedded],
         ]
     )
     return packed

@@ -124,8 +124,25 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Embed:
+    """Texts to turn into vectors. Answered by `Embedded` in a `StepReport`."""
+
+    rid: int
+    """Below 0, unlike those of `Submit`."""
+    app: str
+    """`App.key`."""
+    klass: int
+    """`kvpager.types.PriorityClass`."""
+    inputs: list[bytes]
+    """Token ids of each text, at least one."""
+    normalize: bool
+    """Vectors shall have length 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
-    """End every sample of the request now. Answered by `Closed` in the next `StepReport`."""
+    """End every sample of the request now. Answered by `Closed` in the next `StepReport`, unless it
+    is an `Embed`."""
 
     rid: int
 
@@ -278,6 +295,20 @@ class PromptScores:
     """As in `Output`, one entry per token."""
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """An `Embed` is over."""
+
+    rid: int
+    dimensions: int
+    vectors: bytes
+    """Little-endian float32, one vector for each text."""
+    code: str = ""
+    """Empty, or why there are none."""
+    message: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class StepReport:
     """Everything of one step, in one message. Filled while the step's results are gone through."""
@@ -291,6 +322,7 @@ class StepReport:
     started: list[tuple[int, int]] = field(default_factory=list)
     """``(rid, cached tokens)`` of requests whose prompt began to be computed in this step."""
     prompts: list[PromptScores] = field(default_factory=list)
+    embedded: list[Embedded] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +333,16 @@ class Snapshot:
 
 
 ToEngine = (
-    Configure | App | Submit | Cancel | Finish | Pause | Unpause | Drop | AskSnapshot | Shutdown
+    Configure
+    | App
+    | Submit
+    | Embed
+    | Cancel
+    | Finish
+    | Pause
+    | Unpause
+    | Drop
+    | AskSnapshot
+    | Shutdown
 )
 ToFront = Loading | Ready | Failed | StepReport | Snapshot

@@ -53,6 +53,8 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
 
+_BY_CODE = {"E_FORBIDDEN": 403, "E_NO_EMBEDDING": 404}
+
 _STATUS: tuple[tuple[type[PageddError], int], ...] = (
     (PromptTooLong, 400),
     (InvalidRequest, 400),
@@ -72,8 +74,8 @@ def of_daemon(error: PageddError) -> ApiError:
     """The daemon's or the client library's error as one of HTTP."""
     if isinstance(error, ModelError):
         status = 503 if error.retryable else 404
-    elif error.code == "E_FORBIDDEN":
-        status = 403
+    elif error.code in _BY_CODE:
+        status = _BY_CODE[error.code]
     else:
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
     field = error.details.get("field")

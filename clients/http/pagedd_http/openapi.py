@@ -18,12 +18,15 @@ from starlette.routing import Route
 import pagedd
 from pagedd_http.anthropic.bodies import CountBody, MessagesBody
 from pagedd_http.ollama import bodies as ollama
+from pagedd_http.ollama import embed
 from pagedd_http.openai import bodies as openai
+from pagedd_http.openai.embeddings import EmbeddingsBody
 from pagedd_http.openai.tokens import DetokenizeBody, TokenizeBody
 
 BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/chat/completions": openai.ChatBody,
     "/v1/completions": openai.CompletionBody,
+    "/v1/embeddings": EmbeddingsBody,
     "/v1/responses": openai.ResponsesBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
@@ -31,6 +34,8 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/messages/count_tokens": CountBody,
     "/api/chat": ollama.ChatBody,
     "/api/generate": ollama.GenerateBody,
+    "/api/embed": embed.EmbedBody,
+    "/api/embeddings": embed.EmbeddingsBody,
     "/api/show": ollama.Named,
     "/api/pull": ollama.Named,
 }

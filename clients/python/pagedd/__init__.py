@@ -40,6 +40,7 @@ from pagedd._sync import Client, Control, Session, Stream
 from pagedd._types import (
     Chunk,
     Completion,
+    Embeddings,
     Prompt,
     RenderedChat,
     Sample,
@@ -70,6 +71,7 @@ __all__ = [
     "DaemonNotRunning",
     "DeadlineExceeded",
     "Draining",
+    "Embeddings",
     "EngineFailed",
     "GenerateOptions",
     "HelperFailed",

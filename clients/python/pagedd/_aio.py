@@ -17,6 +17,7 @@ from pagedd._sync import BYE_S, stalled, unanswered, was_closed
 from pagedd._types import (
     Chunk,
     Completion,
+    Embeddings,
     Prompt,
     RenderedChat,
     ServerInfo,
@@ -120,6 +121,19 @@ class AsyncClient:
         return AsyncSession(
             self, str((await self._ask("session.open", fields, timeout))["session"])
         )
+
+    async def embed(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        model: str | None = None,
+        normalize: bool = True,
+        keep_alive: float | str | None = None,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Vectors of texts; arguments as `Client.embed`."""
+        fields = _verbs.embed(inputs, model, normalize, keep_alive)
+        return _verbs.embeddings(await self._ask("embed", fields, timeout, cancels=True))
 
     async def tokenize(
         self,
@@ -268,15 +282,19 @@ class AsyncClient:
         timeout: float | None,
         *,
         control: bool = False,
+        cancels: bool = False,
     ) -> dict[str, Any]:
-        """One request with one result."""
+        """One request with one result; with ``cancels`` the daemon hears that nobody waits."""
         seconds = self._timeout if timeout is None else timeout
         call = self._hub.start(verb, fields, control=control)
         try:
             if not await self._hub.wait(call, seconds):
                 raise unanswered(call, seconds)
         except BaseException:
-            self._hub.forget(call)
+            if cancels:
+                self._hub.cancel(call, abandon=True)
+            else:
+                self._hub.forget(call)
             raise
         return result_of(call.take())
 

@@ -16,6 +16,7 @@ from pagedd._pump import Pump
 from pagedd._types import (
     Chunk,
     Completion,
+    Embeddings,
     Prompt,
     RenderedChat,
     ServerInfo,
@@ -137,12 +138,16 @@ class Control:
         timeout: float | None,
         *,
         control: bool = False,
+        cancels: bool = False,
     ) -> dict[str, Any]:
-        """One request with one result."""
+        """One request with one result; with ``cancels`` the daemon hears that nobody waits."""
         seconds = self._timeout if timeout is None else timeout
         call = self._pump.start(verb, fields, control=control)
         if not self._pump.wait(call, seconds):
-            self._pump.forget(call)
+            if cancels:
+                self._pump.cancel(call, abandon=True)
+            else:
+                self._pump.forget(call)
             raise unanswered(call, seconds)
         return result_of(call.take())
 
@@ -250,6 +255,31 @@ class Client(Control):
         """
         fields = _verbs.session_open(system, tools, template_args, messages, ttl)
         return Session(self, str(self._ask("session.open", fields, timeout)["session"]))
+
+    def embed(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        model: str | None = None,
+        normalize: bool = True,
+        keep_alive: float | str | None = None,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Vectors of texts or token ids: the mean of the model's last hidden states.
+
+        Args:
+            inputs: A text, or texts, or lists of token ids.
+            model: Whose vectors; None: those of the loaded one.
+            normalize: Give them length 1.
+            keep_alive: As for a generation.
+            timeout: Seconds.
+
+        Raises:
+            InvalidRequest: ``E_NO_EMBEDDING`` where the backend computes none, ``E_FIELD``.
+            PromptTooLong: A text is longer than the context.
+        """
+        fields = _verbs.embed(inputs, model, normalize, keep_alive)
+        return _verbs.embeddings(self._ask("embed", fields, timeout, cancels=True))
 
     def tokenize(
         self,

@@ -142,3 +142,14 @@ class RenderedChat:
     model: str
     text: str
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of texts."""
+
+    vectors: list[list[float]]
+    """One for each text, in order, as long as the model's hidden state is wide."""
+    prompt_tokens: int
+    """Of all texts."""
+    model: str

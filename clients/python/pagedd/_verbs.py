@@ -6,10 +6,10 @@ import difflib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from pagedd._errors import InvalidRequest
-from pagedd._types import RenderedChat
+from pagedd._types import Embeddings, RenderedChat
 
 DEFAULT_TIMEOUT_S = 30.0
 
@@ -180,6 +180,28 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
     if len(data) % 4:
         raise ValueError(f"{len(data)} bytes are no packed int32")
     return struct.unpack(f"<{len(data) // 4}i", data)
+
+
+def embed(
+    inputs: str | Sequence[str] | Sequence[Sequence[int]],
+    model: str | None,
+    normalize: bool,
+    keep_alive: float | str | None,
+) -> dict[str, Any]:
+    """Fields of ``embed``."""
+    listed = [inputs] if isinstance(inputs, str) else list(inputs)
+    fields: dict[str, Any] = {"model": model, "keep_alive": keep_alive, "normalize": normalize}
+    if all(isinstance(one, str) for one in listed):
+        return {**fields, "texts": listed}
+    return {**fields, "tokens": [pack_tokens(cast(Sequence[int], one)) for one in listed]}
+
+
+def embeddings(result: Mapping[str, Any]) -> Embeddings:
+    """The result of ``embed``."""
+    width = int(result["dimensions"])
+    numbers = struct.unpack(f"<{len(result['embeddings']) // 4}f", result["embeddings"])
+    vectors = [list(numbers[at : at + width]) for at in range(0, len(numbers), width)]
+    return Embeddings(vectors, int(result["prompt_tokens"]), str(result["model"]))
 
 
 def rendered(result: Mapping[str, Any]) -> RenderedChat:

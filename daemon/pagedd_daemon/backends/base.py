@@ -206,6 +206,38 @@ class Elastic(Protocol):
         ...
 
 
+class Embedder(Protocol):
+    """Turns texts into vectors, beside the pool: one text at a time, in pieces."""
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers of a vector."""
+        ...
+
+    def begin(self, tokens: int) -> None:
+        """A text of so many tokens comes next.
+
+        Raises:
+            StepFaultError: There is no memory for it.
+        """
+        ...
+
+    def add(self, start: int, tokens: Tokens) -> npt.NDArray[np.float64]:
+        """Compute the text's next tokens, int32, shape ``(n,)``, the first at position ``start``.
+
+        Returns:
+            The sum of their last hidden states, shape ``(dimensions,)``.
+
+        Raises:
+            StepFaultError: They could not be computed.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Nobody waits for a vector: give back what they took."""
+        ...
+
+
 class Handle(Protocol):
     """A step in flight; opaque."""
 
@@ -221,6 +253,11 @@ class Backend(Protocol):
     @property
     def elastic(self) -> Elastic | None:
         """Its first tier, if that can change its size while it is used."""
+        ...
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """What computes vectors of texts, where it can."""
         ...
 
     def apply(self, instructions: Iterable[Instruction]) -> None:

@@ -48,6 +48,7 @@ from pagedd_daemon.backends.base import (
     TransferResult,
 )
 from pagedd_daemon.backends.holders import Holders
+from pagedd_daemon.backends.llama_embedder import LlamaEmbedder
 from pagedd_daemon.backends.llama_pages import LlamaPages
 from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
 from pagedd_daemon.engine.scoring import score
@@ -101,6 +102,7 @@ class LlamaBackend:
         self,
         model: api.Model,
         context: api.Context,
+        embedder: LlamaEmbedder,
         caps: Capabilities,
         ram: RamStore,
         ram_bytes: int,
@@ -128,6 +130,7 @@ class LlamaBackend:
             landed=self._landed,
             target=self._id,
         )
+        self.embedder = embedder
         self._closed = False
 
     @classmethod
@@ -224,7 +227,8 @@ class LlamaBackend:
             notice=notice,
         )
         ram = RamStore(configure.ram_fd, configure.ram_bytes, binding, caps.ram_blocks)
-        return cls(model, context, caps, ram, configure.ram_bytes, disk)
+        embedder = LlamaEmbedder(model, options)
+        return cls(model, context, embedder, caps, ram, configure.ram_bytes, disk)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -310,6 +314,7 @@ class LlamaBackend:
         if not self._closed:
             self._closed = True
             self._pages.close()
+            self.embedder.rest()
             self._context.close()
             self._model.close()
 

@@ -41,8 +41,9 @@ KV_TYPES: dict[str, tuple[int, int]] = {
 
 _LEVELS = {3: logging.WARNING, 4: logging.ERROR}
 
-_BY_DESIGN = "n_ctx_seq"
-"""In the warning that all cells together are more than one sequence may use: they are for many."""
+_BY_DESIGN = ("n_ctx_seq", "default pooling_type")
+"""In the warnings that all cells together are more than one sequence may use, since they are for
+many; and that hidden states are not pooled, since the engine adds them up."""
 
 
 class _Log:
@@ -60,7 +61,7 @@ class _Log:
     def _receive(self, level: int, text: bytes, _: object) -> None:
         known = _LEVELS.get(level)
         line = text.decode("utf-8", "replace").strip() if known else ""
-        if known and line and _BY_DESIGN not in line:
+        if known and line and not any(word in line for word in _BY_DESIGN):
             self.recent.append(line)
             log.log(known, "llama.cpp: %s", line)
 
@@ -102,6 +103,8 @@ class Model:
         self._vocab = llama_cpp.llama_model_get_vocab(self.pointer)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.context_tokens: int = llama_cpp.llama_model_n_ctx_train(self.pointer)
+        self.width: int = llama_cpp.llama_model_n_embd(self.pointer)
+        """Numbers of a hidden state."""
         self.size_bytes: int = llama_cpp.llama_model_size(self.pointer)
         self.window_tokens: int = llama_cpp.llama_model_n_swa(self.pointer)
         """Length of a sliding attention window, 0 for none."""
@@ -160,6 +163,9 @@ class ContextOptions:
     kv_type: str
     """A key of `KV_TYPES`."""
     flash_attention: bool
+    sequences: int = SEQUENCE_IDS
+    embeddings: bool = False
+    """Keep the last hidden state of every wanted token."""
 
 
 class Context:
@@ -174,8 +180,11 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = options.cells
         params.n_batch = params.n_ubatch = options.step_tokens
-        params.n_seq_max = SEQUENCE_IDS
-        params.n_outputs_max = max(SEQUENCE_IDS, options.step_tokens)
+        params.n_seq_max = options.sequences
+        params.n_outputs_max = max(options.sequences, options.step_tokens)
+        if options.embeddings:
+            params.embeddings = True
+            params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE
         params.n_threads = params.n_threads_batch = options.threads
         params.type_k = params.type_v = KV_TYPES[options.kv_type][0]
         params.flash_attn_type = (
@@ -192,6 +201,7 @@ class Context:
             raise MemoryError(f"llama.cpp cannot make a context of {options.cells} cells")
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         self._vocab = model.vocab_size
+        self._width = model.width
         self._logits = np.zeros((0, self._vocab), np.float32)
         self._logits_at = 0
         self.cells: int = llama_cpp.llama_n_ctx(self._pointer)
@@ -237,6 +247,15 @@ class Context:
             self._logits = np.ctypeslib.as_array(flat).reshape(rows, self._vocab)
             self._logits_at = at
         return self._logits[:rows]
+
+    def hidden(self, rows: int) -> npt.NDArray[np.float32]:
+        """Last hidden states of the wanted tokens, in batch order, shape ``(rows, width)``.
+
+        A view of llama.cpp's own memory, overwritten by the next decode.
+        """
+        at = ctypes.addressof(llama_cpp.llama_get_embeddings(self._pointer).contents)
+        flat = (ctypes.c_float * (rows * self._width)).from_address(at)
+        return np.ctypeslib.as_array(flat).reshape(rows, self._width)
 
     def share(self, source: int, target: int, start: int, end: int) -> None:
         """``target`` becomes a holder of the cells of ``source`` at positions start to end - 1."""

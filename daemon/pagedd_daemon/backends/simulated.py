@@ -40,6 +40,7 @@ from pagedd_daemon.backends.base import (
     DeviceMemoryError,
     Draw,
     Elastic,
+    Embedder,
     Handle,
     MemoryReport,
     ModelLoadError,
@@ -120,6 +121,31 @@ def _of_disk(transfer: Store | Load | Spill) -> bool:
     return isinstance(transfer, Spill) or transfer.tier is Tier.DISK
 
 
+class _Embedder:
+    """Vectors that depend on every token and its position, and on nothing else."""
+
+    dimensions = 64
+
+    def __init__(self, step_s: float, token_s: float, wait: Callable[[float], None]) -> None:
+        self._step_s = step_s
+        self._token_s = token_s
+        self._wait = wait
+
+    def begin(self, tokens: int) -> None:
+        """See `Embedder`."""
+
+    def add(self, start: int, tokens: Tokens) -> npt.NDArray[np.float64]:
+        """See `Embedder`."""
+        self._wait(time.perf_counter() + self._step_s + self._token_s * len(tokens))
+        total = np.zeros(self.dimensions)
+        for at, token in enumerate(tokens.tolist(), start):
+            total += np.random.Generator(np.random.Philox((at << 32) + token)).random(64) - 0.5
+        return total
+
+    def rest(self) -> None:
+        """See `Embedder`."""
+
+
 class SimulatedBackend:
     """See the module. Implements `pagedd_daemon.backends.base.Backend`."""
 
@@ -158,6 +184,7 @@ class SimulatedBackend:
         self._step_s, self._token_s, self._page_s = step_s, token_s, page_s
         self.faults = faults or Faults()
         self.elastic = elastic
+        self.embedder: Embedder | None = _Embedder(step_s, token_s, wait)
         """See `Backend`."""
         self._clock, self._wait = clock, wait
         shape = (capabilities.gpu_blocks, capabilities.block_tokens)

@@ -28,6 +28,7 @@ from pagedd_daemon.backends.base import (
     StepResult,
 )
 from pagedd_daemon.engine.branches import search_for
+from pagedd_daemon.engine.embedding import Embeddings
 from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.outbox import HOLD_S, Outbox
@@ -84,6 +85,14 @@ class Engine:
         """Turns in which nothing was under way: what is waited for is outside."""
         self._totals = Totals()
         self._grammars = grammars
+        self._embeddings = Embeddings(
+            backend.embedder,
+            self._caps,
+            self._scheduler.turns,
+            clock,
+            self._outbox.embedded,
+            self._left,
+        )
 
     # ------------------------------------------------------------------------------------ messages
 
@@ -94,6 +103,11 @@ class Engine:
                 self._submit(message)
             case m.App():
                 self._tell_app(message)
+            case m.Embed():
+                self._live[message.app] += 1
+                self._embeddings.add(message)
+            case m.Cancel(rid=rid) if rid < 0:
+                self._embeddings.cancel(rid)
             case m.Cancel(rid=rid):
                 if request := self._requests.get(rid):
                     for index in sorted(request.open_samples):
@@ -115,7 +129,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether to call `step` without a new message: a request is alive and not paused, or a
         step or a transfer has not ended."""
-        if self._flights or self._pool.transfers_in_flight > 0:
+        if self._flights or self._pool.transfers_in_flight > 0 or self._embeddings.busy:
             return True
         return any(not request.paused for request in self._requests.values())
 
@@ -161,7 +175,7 @@ class Engine:
     @property
     def progress(self) -> int:
         """Rises unless something is under way that does not end."""
-        return self._steps + self._pool.ended + self._blocked
+        return self._steps + self._pool.ended + self._blocked + self._embeddings.pieces
 
     def snapshot(self, *, blocks: bool = False) -> m.Snapshot:
         """The engine's figures now, and the block map if it is wanted."""
@@ -201,6 +215,7 @@ class Engine:
             Whether a step was launched or collected.
         """
         self._take_grammars()
+        embedded = self._embed()
         self._advance_searches()
         step = self._scheduler.plan(self._clock())
         self._announce()
@@ -221,7 +236,14 @@ class Engine:
         self._say(say, everything=step is None)
         if step is None and not self._flights and not self._pool.transfers_in_flight:
             self._blocked += 1
-        return step is not None or bool(self._flights)
+        return step is not None or bool(self._flights) or embedded
+
+    def _embed(self) -> bool:
+        """Compute a piece of a text that becomes a vector, if it is time for one."""
+        if not self._embeddings.busy:
+            return False
+        classes = [request.klass for request in self._requests.values() if not request.paused]
+        return self._embeddings.advance(min(classes, default=None))
 
     def _follow(self, step: Step, say: Say, waiting: Callable[[], bool]) -> None:
         """The steps of a stretch, one after the other, for as long as tokens may be held back.
@@ -248,7 +270,7 @@ class Engine:
                 known = self._outbox.oldest(now)
             done.append(row)
             self._seconds.append(result.seconds)
-            over = over or self._scheduler.stretch_left == 1 or waiting()
+            over = over or self._scheduler.stretch_left == 1 or self._embeddings.busy or waiting()
             if over:
                 break
             if now + result.seconds > known + self._outbox.hold_s:
@@ -577,7 +599,10 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.rid]
-        app = request.app
+        self._left(request.app)
+
+    def _left(self, app: str) -> None:
+        """The app has one request less."""
         self._live[app] -= 1
         if not self._live[app]:
             del self._live[app]

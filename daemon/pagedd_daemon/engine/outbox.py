@@ -66,6 +66,11 @@ class Outbox:
         self._report.closed.append(closed)
         self._urgent = True
 
+    def embedded(self, embedded: m.Embedded) -> None:
+        """Vectors are there, or will never be."""
+        self._report.embedded.append(embedded)
+        self._urgent = True
+
     def rejected(self, rejected: m.Rejected) -> None:
         """A request has failed."""
         self._report.rejected.append(rejected)

@@ -19,6 +19,8 @@ RETRYABLE: Mapping[str, bool] = {
     "E_TEMPLATE": False,
     "E_GRAMMAR": False,
     "E_NO_TOKENIZER": False,
+    "E_NO_EMBEDDING": False,
+    "E_CANCELLED": False,
     "E_SESSION": False,
     "E_EXPIRED": False,
     "E_COMMIT": False,

@@ -59,6 +59,7 @@ class Limits:
     logit_bias: int = _limit(1024, "Entries of `logit_bias`.")
     messages: int = _limit(4096, "Messages of one chat.")
     tools: int = _limit(256, "Tools of one chat.")
+    embed_inputs: int = _limit(128, "Texts of one `embed`.")
     sessions_per_connection: int = _limit(64, "Open sessions of one connection.")
     sessions_total: int = _limit(4096, "Open sessions of all connections.")
     requests_per_connection: int = _limit(256, "Requests of one connection that are not over.")

@@ -414,6 +414,33 @@ class Tokenize(Request):
     bos: bool = True
 
 
+def _inputs(value: list[Any], info: ValidationInfo) -> list[Any]:
+    if not value:
+        raise wrong("is empty")
+    at_most("embed_inputs", len(value), info)
+    return value
+
+
+class Embed(Request):
+    """Texts to vectors."""
+
+    verb = "embed"
+
+    model: Name | None = None
+    texts: Annotated[list[Text], FailFast(), AfterValidator(_inputs)] = Field(default_factory=list)
+    tokens: Annotated[list[SomeTokens], FailFast(), AfterValidator(_inputs)] = Field(
+        default_factory=list
+    )
+    normalize: bool = True
+    keep_alive: KeepAlive | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Embed:
+        if bool(self.texts) == bool(self.tokens):
+            raise wrong("exactly one of texts and tokens must be given", "texts")
+        return self
+
+
 class Detokenize(Request):
     """Token ids to text."""
 
@@ -559,6 +586,7 @@ DataRequest = (
     | SessionCommit
     | SessionPin
     | SessionClose
+    | Embed
     | Tokenize
     | Detokenize
     | Render

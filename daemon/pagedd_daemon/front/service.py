@@ -18,6 +18,7 @@ from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.calls import Call, Calls, Peer
 from pagedd_daemon.front.config import Settings
 from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
+from pagedd_daemon.front.embedding import Embedding, Embeddings
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.failover import Deaths
@@ -99,6 +100,7 @@ class FrontService:
         self._streams = Streams(
             self.models, clock, self._apps, self._stream_over, self.watchdog.watch
         )
+        self._embeddings = Embeddings(self._apps, self._result, self._fail)
         self._pins = self._streams.pins = Pins(self.models, self._apps, self._streams)
         self.board = Board(
             self.models, self._streams, self._accounts, self._apps, clock, version, self.watchdog
@@ -164,7 +166,7 @@ class FrontService:
             if self._calls.answered_before(peer, request):
                 return
             self._admit(peer, request)
-            if isinstance(request, r.Generation):
+            if isinstance(request, (r.Generation, r.Embed)):
                 self._apps.admit(peer.account)
         except WireError as error:
             self.transport.send(connection, error.as_event(request.id, 0))
@@ -231,7 +233,8 @@ class FrontService:
         if isinstance(message, StepReport):
             self.watchdog.stepped()
             self._streams.report(message)
-            if not self._streams.running:
+            self._embeddings.report(message.embedded)
+            if not (self._streams.running or self._embeddings.running):
                 self.watchdog.rest()
             self.board.stale = True
             self.transport.flush()
@@ -243,6 +246,7 @@ class FrontService:
     def _engine_ended(self, model: Model, how: str | None) -> None:
         if how is not None:
             self._streams.lost(model, how)
+            self._embeddings.lost(how)
         self._pins.gone(model)
         self._streams.steps = 0
         self.watchdog.renewed()
@@ -251,11 +255,14 @@ class FrontService:
     def _engine_replaced(self, model: Model, error: WireError | None) -> None:
         if error is None:
             self._streams.revive(model)
+            self._embeddings.revive()
         else:
             self._streams.give_up(error)
+            self._embeddings.give_up(error)
 
     def _engine_works(self) -> bool:
-        return self.models.state is State.READY and self._streams.working
+        working = self._streams.working or self._embeddings.running
+        return self.models.state is State.READY and working
 
     def _engine_stuck(self, silent_s: float) -> None:
         model = self.models.current
@@ -293,6 +300,8 @@ class FrontService:
         return error
 
     def _call(self, peer: Peer, request: r.DataRequest) -> Call:
+        if isinstance(request, r.Embed):
+            return Embedding(self.transport, peer.connection, request, peer.account)
         if not isinstance(request, r.Generation):
             return Call(self.transport, peer.connection, request)
         peer.account.live += 1
@@ -338,6 +347,8 @@ class FrontService:
     def _end(self, call: Call) -> None:
         """The one way in which a request that does not generate is over."""
         call.over = True
+        if isinstance(call, Embedding):
+            self._embeddings.drop(call)
         self._calls.over(call)
         if call.lease is not None:
             self.models.release(call.lease)
@@ -386,6 +397,15 @@ class FrontService:
             self._generate(peer, call, request)
         elif isinstance(request, r.SessionRequest):
             self._result(call, peer.sessions.answer(request))
+        elif isinstance(request, r.Embed):
+            assert isinstance(call, Embedding)
+            texts, embedding = request, call
+            self._with_model(
+                call,
+                texts.model,
+                lambda m: self._later(call, self._embed(embedding, texts, m)),
+                texts.keep_alive,
+            )
         elif isinstance(request, r.Tokenize):
             text = request
             self._with_model(
@@ -457,6 +477,21 @@ class FrontService:
             self._streams.submit(stream, model, prompt)
         self._gate.passed(stream)
 
+    async def _embed(self, call: Embedding, request: r.Embed, model: Model) -> None:
+        if request.tokens:
+            inputs = [unpack_ids(ids) for ids in request.tokens]
+        elif model.text.pieces is None:
+            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
+        else:
+            inputs = [
+                await model.text.tokenize(text, special=False, bos=True) for text in request.texts
+            ]
+        for ids in inputs:
+            check_ids(ids, model.ready.vocab_size)
+        if not call.over:  # its client may have gone meanwhile
+            self.watchdog.watch()
+            self._embeddings.submit(call, model, inputs, normalize=request.normalize)
+
     async def _tokenize(self, call: Call, request: r.Tokenize, model: Model) -> None:
         if model.text.pieces is None:
             raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
@@ -523,8 +558,14 @@ class FrontService:
         ]
         for stream in streams:
             self._streams.cancel(stream)
-        if connection is not None and request.target is not None and not streams:
-            self._calls.peers[connection].foresee(request.target)
+        peer = None if connection is None else self._calls.peers.get(connection)
+        if peer is not None and request.target is not None:
+            call = peer.live.get(request.target)
+            if isinstance(call, Embedding):
+                self._fail(call, WireError("E_CANCELLED", "the request was cancelled"))
+                return True
+            if not streams:
+                peer.foresee(request.target)
         return bool(streams)
 
 

@@ -33,6 +33,7 @@ DATA_VERBS: Mapping[str, type[r.Request]] = {
         r.SessionCommit,
         r.SessionPin,
         r.SessionClose,
+        r.Embed,
         r.Tokenize,
         r.Detokenize,
         r.Render,

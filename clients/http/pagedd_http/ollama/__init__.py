@@ -6,11 +6,11 @@ Shapes are those of its published API reference, as the ``ollama`` package reads
 from __future__ import annotations
 
 from pagedd_http.interfaces import Interface
-from pagedd_http.ollama import chat, generate, models
+from pagedd_http.ollama import chat, embed, generate, models
 from pagedd_http.ollama.replies import error_body
 
 INTERFACE = Interface(
     prefixes=("/api/",),
-    routes=[*models.routes, *generate.routes, *chat.routes],
+    routes=[*models.routes, *generate.routes, *chat.routes, *embed.routes],
     error_body=error_body,
 )

@@ -6,7 +6,7 @@ Shapes are those of the published API reference, as the ``openai`` package reads
 from __future__ import annotations
 
 from pagedd_http.interfaces import Interface
-from pagedd_http.openai import chat, completions, models, responses, tokens
+from pagedd_http.openai import chat, completions, embeddings, models, responses, tokens
 from pagedd_http.openai.replies import error_body
 
 INTERFACE = Interface(
@@ -15,6 +15,7 @@ INTERFACE = Interface(
         *models.routes,
         *completions.routes,
         *chat.routes,
+        *embeddings.routes,
         *responses.routes,
         *tokens.routes,
     ],

@@ -66,6 +66,7 @@ _ADVICE = {
     "E_INTERNAL": "This is a defect: please report it with the daemon's log.",
     "E_MODEL": "See 'pagedd models' for what there is, or get the default with 'pagedd pull'.",
     "E_NEVER_FITS": "Shorten the prompt, or start the daemon with more --kv-tokens.",
+    "E_NO_EMBEDDING": "Use a backend that computes them: llama.cpp.",
     "E_NO_MODEL": "Name one with --model, or get the default with 'pagedd pull'.",
     "E_NO_TOKENIZER": "Use a model that brings its tokeniser.",
     "E_NOT_INSTALLED": "Install it with: pip install 'pagedd[cpu]'",

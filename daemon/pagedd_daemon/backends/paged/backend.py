@@ -34,6 +34,7 @@ from pagedd_daemon.backends.base import (
     DeviceMemoryError,
     Draw,
     Elastic,
+    Embedder,
     Handle,
     MemoryReport,
     Run,
@@ -194,6 +195,9 @@ class PagedBackend:
             copy_blocks(self._arena.kv, pairs[0], pairs[1])
             copies.clear()
             self._transfers.fence()
+
+    embedder: Embedder | None = None
+    """See `Backend`: it keeps no hidden states."""
 
     @property
     def elastic(self) -> Elastic | None:
