@@ -52,6 +52,8 @@ class Driver:
         """All tokens of each sequence."""
         self.computed: dict[int, int] = {}
         """How many of them are in the pool."""
+        self.until: dict[int, int] = {}
+        """Up to where it may compute while its back is being loaded; -1: as far as it likes."""
         self.samplers: dict[int, Sampler] = {}
         self.drawn_at: dict[int, list[int]] = {}
         """Which of the tokens were drawn."""
@@ -68,6 +70,7 @@ class Driver:
         for answer in out:
             if isinstance(answer, (Admitted, Runnable)):
                 self.computed[answer.seq] = answer.computed
+                self.until[answer.seq] = answer.until
                 self.swapped.discard(answer.seq)
             elif isinstance(answer, Preempted):
                 self.swapped.add(answer.seq)
@@ -146,8 +149,9 @@ class Driver:
             raise
         assert result.epoch == self._epoch
         self.handle(StepRetired(self._epoch, tuple(run.tokens for run in runs)))
-        for seq, count in counts.items():
-            self.computed[seq] += count
+        for seq in counts:
+            # Further than the step where what comes next has been loaded meanwhile.
+            self.computed[seq] = self.pager.computed(seq)
         for seq, drawn in result.drawn:
             self.drawn_at[seq].append(len(self.texts[seq]))
             self.texts[seq].append(drawn.token)
@@ -166,8 +170,11 @@ class Driver:
         """Compute what is missing of the texts, ``chunk`` tokens at a time, and draw once."""
         for seq in seqs:
             while missing := self.missing(seq):
-                assert not self.step({seq: min(chunk, missing)})
-                if missing <= chunk:
+                until = self.until.get(seq, -1)
+                granted = until - self.computed[seq] if until >= 0 else missing
+                count = min(chunk, missing, granted)
+                assert not self.step({seq: count})
+                if count == missing:
                     break
 
     def generate(self, seqs: Sequence[int], steps: int) -> None:
