@@ -8,6 +8,7 @@ import ctypes
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import psutil
 import pytest
 
 import pagedd
+from kvpager.types import PriorityClass
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.simulated import SimulatedBackend
 from pagedd_daemon.engine.core import Engine
+from pagedd_daemon.params import SamplingParams, StopParams
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.gateway import with_gateway
 from tests.support.simulated import simulated
@@ -200,6 +203,40 @@ def test_tokens_are_charged_like_those_of_prompts_and_others_go_on_between() -> 
     over = [one.rid for report in reports for one in report.embedded]
     assert over == [-2, -1], "the other app's text comes before the second of the first"
     assert engine._scheduler.turns.fair.charged == 100 + 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("klass", "most"),
+    [(PriorityClass.INTERACTIVE, 0.6), (PriorityClass.BACKGROUND, 0.15)],
+)
+def test_beside_a_person_vectors_take_half_of_the_time_or_a_tenth(
+    klass: PriorityClass, most: float
+) -> None:
+    now = 0.0
+
+    def wait(moment: float) -> None:
+        nonlocal now
+        now = max(now, moment)
+
+    backend = SimulatedBackend(
+        replace(simulated().capabilities, asynchronous=False),
+        step_s=0.010,
+        token_s=0.001,
+        clock=lambda: now,
+        wait=wait,
+    )
+    engine = Engine(backend, lambda: now)
+    reports: list[m.StepReport] = []
+    stop = asdict(StopParams(max_tokens=300, ignore_eos=True))
+    sampling = asdict(SamplingParams(temperature=0.0))
+    person = int(PriorityClass.INTERACTIVE)
+    engine.handle(m.Submit(1, "person", person, bytes(32), bytes(40), 1, sampling, stop))
+    engine.handle(m.Embed(-1, "other", int(klass), [bytes(4 * 1000)] * 50, True))
+    while not any(report.closed for report in reports):
+        engine.step(reports.append)
+    embedding = 1 - 300 * 0.011 / now
+    assert 0.02 < embedding < most
+    assert not any(report.embedded for report in reports)
 
 
 # -------------------------------------------------------------------------------------- over HTTP

@@ -70,6 +70,12 @@ def test_chat_with_tools(client: ollama.Client) -> None:
     assert done.eval_count == 8
 
 
+def test_embed(client: ollama.Client) -> None:
+    made = client.embed(MODEL, ["hello", "world"])
+    assert len(made.embeddings) == 2
+    assert list(client.embeddings(MODEL, "hello").embedding)
+
+
 def test_errors(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError) as unknown:
         client.chat("nobody-knows-it", HELLO)

@@ -73,6 +73,14 @@ def test_chat(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 6
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["hello", "world"]
+    made = client.embeddings.create(model=MODEL, input=texts)  # the package asks for base64
+    plain = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    assert [one.embedding for one in made.data] == [one.embedding for one in plain.data]
+    assert made.usage.total_tokens > 2
+
+
 def test_chat_with_tools(client: openai.OpenAI) -> None:
     asked: Any = {"model": MODEL, "messages": HELLO, "tools": [WEATHER]}
     asked["parallel_tool_calls"] = False

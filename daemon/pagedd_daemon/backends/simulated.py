@@ -126,9 +126,16 @@ class _Embedder:
 
     dimensions = 64
 
-    def __init__(self, step_s: float, token_s: float, wait: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        step_s: float,
+        token_s: float,
+        clock: Callable[[], float],
+        wait: Callable[[float], None],
+    ) -> None:
         self._step_s = step_s
         self._token_s = token_s
+        self._clock = clock
         self._wait = wait
 
     def begin(self, tokens: int) -> None:
@@ -136,7 +143,7 @@ class _Embedder:
 
     def add(self, start: int, tokens: Tokens) -> npt.NDArray[np.float64]:
         """See `Embedder`."""
-        self._wait(time.perf_counter() + self._step_s + self._token_s * len(tokens))
+        self._wait(self._clock() + self._step_s + self._token_s * len(tokens))
         total = np.zeros(self.dimensions)
         for at, token in enumerate(tokens.tolist(), start):
             total += np.random.Generator(np.random.Philox((at << 32) + token)).random(64) - 0.5
@@ -184,7 +191,7 @@ class SimulatedBackend:
         self._step_s, self._token_s, self._page_s = step_s, token_s, page_s
         self.faults = faults or Faults()
         self.elastic = elastic
-        self.embedder: Embedder | None = _Embedder(step_s, token_s, wait)
+        self.embedder: Embedder | None = _Embedder(step_s, token_s, clock, wait)
         """See `Backend`."""
         self._clock, self._wait = clock, wait
         shape = (capabilities.gpu_blocks, capabilities.block_tokens)

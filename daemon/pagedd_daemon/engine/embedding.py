@@ -113,10 +113,8 @@ class Embeddings:
         text = job.inputs[0]
         piece = text[job.done : job.done + self._budget(beside)]
         try:
-            if self._open is not job or not job.done:
-                # Another's text may have come between: then this one begins anew.
-                job.done, job.total, self._open = 0, None, job
-                piece = text[: len(piece)]
+            if not job.done:
+                self._open = job
                 self._embedder.begin(len(text))
             added = self._embedder.add(job.done, piece)
         except StepFaultError as fault:
