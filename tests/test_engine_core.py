@@ -394,6 +394,21 @@ def test_a_pool_that_shrinks_and_grows_changes_nobodys_text(llama: bool, ram_blo
         assert set(hard.outcomes[rid].reasons.values()) == {"length"}
 
 
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_a_prompt_that_a_shrinking_pool_pages_out_amid_a_step_goes_on_later(steps: int) -> None:
+    bench = Bench(kv_tokens=1024)
+    for rid in range(3):
+        bench.submit(rid, prompt_of(rid, 300))
+    for _ in range(steps):
+        bench.step()
+    for blocks in (40, 24, 64):
+        bench.engine._scheduler.resize(blocks)
+        bench.step()
+        bench.step()
+    bench.run()
+    assert [bench.outcomes[rid].reasons for rid in range(3)] == [{0: "length"}] * 3
+
+
 @pytest.mark.parametrize("fails", [frozenset(), frozenset({9, 11, 14, 20})])
 def test_a_front_computed_while_the_back_is_loaded_changes_nobodys_text(
     fails: frozenset[int],

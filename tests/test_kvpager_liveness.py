@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from kvpager.types import Event, Instruction, Preempted, SetQuota
 from pagedd_daemon import messages as m
@@ -119,9 +120,9 @@ def live(seed: int) -> None:
             assert outcome.closed is not None or outcome.rejected is not None, f"{rid} has no end"
         usage = watched.engine._pool.pager.stats()
         assert (usage.gpu.used, usage.ram.used) == (0, 0), usage
-        # Whoever is brought back computes something before it is taken out again.
+        # In 260 runs the most was 11. It was 440 while others made way in vain.
         most = max(watched.preemptions.values(), default=0)
-        assert most <= 150 + 60, f"a sequence was preempted {most} times"
+        assert most <= 60, f"a sequence was preempted {most} times"
     except Exception as error:
         how = f"PAGEDD_LIVENESS_SEED={seed} pytest tests/test_kvpager_liveness.py -k replay"
         raise AssertionError(f"run {seed} failed: {error!r}\nreplay: {how}") from error
@@ -134,5 +135,6 @@ def test_everybody_ends_whatever_fails_shrinks_or_pauses_and_quotas_hold() -> No
         live(seed)
 
 
-def test_replay_of_one_run() -> None:
-    live(REPLAY)
+@pytest.mark.parametrize("seed", [34, 5089, 5180, 82603615547, REPLAY])
+def test_replay_of_one_run(seed: int) -> None:
+    live(seed)

@@ -228,7 +228,7 @@ class Scheduler:
             self._room.give_way()
             if self._pool.pager.vacating and self._pool.transfers_in_flight and not self._flights:
                 return None  # the next step may need the memory that they give back
-            decodes = [s for s in decodes if s.runs]
+            decodes = self.turns.look(self._residents.sequences.values())
         pace = self.turns.pace()
         decodes = self.turns.decoding(decodes, pace, self._decodes_within(pace))
         ready, pressed = self._room.make(decodes, in_flight=bool(self._flights))
