@@ -94,7 +94,8 @@ def test_sequences_that_take_turns_in_a_pool_too_small_are_restored_from_both_en
             raise AssertionError(f"history {seed} failed: {error}\nreplay: {how}") from error
         restores += world.pager.stats().restores
         jumps += world.jumps
-    assert min(restores, jumps) > HISTORIES / 200, (restores, jumps)
+    # About 180 and 66 of 500 histories; half of the rarer one is four deviations away.
+    assert min(restores, jumps) > HISTORIES / 300, (restores, jumps)
 
 
 def test_the_same_seed_tells_the_same_history() -> None:
