@@ -72,6 +72,24 @@ def test_a_request_above_its_apps_ceiling_is_refused_with_the_figures() -> None:
     assert job.reasons == ["E_NEVER_FITS"]
 
 
+def test_a_request_that_is_refused_takes_nobodys_place() -> None:
+    world = World(3)
+    app = world.app("small", kv_ceiling=64, max_running=1)
+    refused, served = app.submit(prompt=100, max_tokens=5), app.submit(prompt=10, max_tokens=5)
+    world.run(60.0)
+    assert refused.reasons == ["E_NEVER_FITS"]
+    assert served.reasons == ["length"]
+
+
+def test_who_waits_for_the_blocks_of_a_step_in_flight_comes_in_when_that_has_ended() -> None:
+    world = World(3, kv_tokens=192, ram_tokens=0, asynchronous=True)
+    app = world.app("app")
+    # The first one ends while the step after its last is in flight, which holds its blocks.
+    jobs = [app.submit(prompt=150, max_tokens=n) for n in (2, 3, 2)]
+    world.run(60.0)
+    assert [job.reasons for job in jobs] == [["length"]] * 3
+
+
 def test_running_sequences_below_their_floor_are_no_victims() -> None:
     world = World(4, kv_tokens=1024)
     kept = world.app("kept", klass=BACKGROUND, kv_floor=512)

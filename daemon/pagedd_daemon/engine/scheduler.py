@@ -285,6 +285,7 @@ class Scheduler:
     def retire(self, step: Step, seconds: float) -> None:
         """The oldest step in flight is done: its tokens are in the pool."""
         parts = self._flights.popleft()
+        self._freed(parts)
         if self._stretch is not None:
             if self._stretch.step_done(seconds):
                 self._end_stretch()
@@ -307,12 +308,18 @@ class Scheduler:
             if rate := self.cost.prefill_tokens_per_s:
                 self._pool.pager.observe(prefill_tokens_per_s=rate)
 
+    def _freed(self, parts: list[tuple[Sequence, int]]) -> None:
+        """Blocks of who has ended meanwhile are free only now, when no step touches them."""
+        if any(sequence.state is SequenceState.ENDED for sequence, _ in parts):
+            self._entrance.changed = True
+
     def fail(self, step: Step) -> list[Sequence]:
         """The oldest step in flight was refused: its sequences stand where they stood before it.
 
         So does, for them, a later step that was launched upon it. Returns them.
         """
         parts = self._flights.popleft()
+        self._freed(parts)
         if self._stretch is None:
             self.turns.failed()
         for run, (sequence, _) in zip(step.runs, parts, strict=True):

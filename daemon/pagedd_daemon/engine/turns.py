@@ -413,6 +413,8 @@ class Walk:
         line = self._lines[self._flow]
         candidate = line.popleft()
         request = candidate if isinstance(candidate, Request) else candidate.request
+        if reason is None and not request.sequences:
+            return  # refused for good: it takes nobody's place
         if reason is None:
             self._turns._running.setdefault(request.app, set()).add(request.rid)
             for sequence in request.sequences.values():
