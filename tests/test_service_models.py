@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pagedd_daemon import messages as m
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.gate import AT_ONCE
 from tests.support.front import Client, FakeEngine, Front, run
 
 
@@ -80,6 +81,23 @@ def test_a_model_that_does_not_load_fails_everybody_who_waits_for_it_and_nobody_
             (await front.source.engine(1)).say(front.source.ready)
             await serve(front.source.engines[1])
             assert (await client.end(other))["type"] == "done"
+
+    run(scenario())
+
+
+def test_requests_behind_those_that_a_failed_load_refuses_have_the_model_loaded_again() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            front.source.automatic = False
+            client = front.connect()
+            waiting = [client.generate() for _ in range(AT_ONCE)]
+            behind = client.generate()  # at the gate: it asks for the model when another is refused
+            (await front.source.engine(0)).die(-9)
+            for request in waiting:
+                assert (await client.end(request))["code"] == "E_ENGINE"
+            (await front.source.engine(1)).say(front.source.ready)
+            await serve(front.source.engines[1])
+            assert (await client.end(behind))["type"] == "done"
 
     run(scenario())
 

@@ -310,6 +310,8 @@ class Models:
 
     def _pump(self) -> None:
         """Serve the head of the queue as far as it goes."""
+        if self._task is not None and not self._task.done():
+            return  # it may have brought this about: `_settled` goes on
         while self._queue and self.state in (State.ASLEEP, State.READY):
             head, model = self._queue[0], self.current
             if isinstance(head, _Unload):
