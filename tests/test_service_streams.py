@@ -143,6 +143,22 @@ def test_samples_are_independent_and_done_comes_once() -> None:
     run(scenario())
 
 
+def test_usage_counts_no_token_behind_a_stop_string_that_the_engine_has_not_heard_of() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            client, engine = await ready(front)
+            request, rid = await begun(client, engine, stop=["!"], max_tokens=4)
+            engine.write(rid, "ab!d")
+            engine.close_request(rid, "length", generated=4)  # it ended before `Finish` came
+            done = await client.end(request)
+            assert client.text(request) == "ab"
+            assert done["usage"]["generated_tokens"] == 2
+            (app,) = (await front.status())["apps"]
+            assert app["generated_tokens"] == 2
+
+    run(scenario())
+
+
 def test_logprobs_are_cut_with_the_tokens() -> None:
     async def scenario() -> None:
         async with Front() as front:

@@ -445,6 +445,10 @@ class Streams:
             return  # other samples of it, requests of their own since an engine died, go on
         if stream.deaths:
             closed = self._own_account(stream) or closed
+        elif any(sample.stop is not None for sample in stream.samples):
+            # The engine may have ended them before it heard where the text does.
+            kept = sum(len(sample.ids) for sample in stream.samples)
+            closed = replace(closed, generated_tokens=kept)
         stream.account.closed(closed, stream.counted, stream.waited_ms)
         if stream.standing is not None:
             waited_ms = stream.waited_ms + closed.queue_ms
