@@ -49,7 +49,7 @@ def test_an_app_at_its_ceiling_leaves_the_rest_of_the_pool_to_others() -> None:
 
     def look() -> None:
         nonlocal most
-        root = world.engine._root(hog.message.root)
+        root = world.engine._books.root(hog.message.root)
         most = max(most, pager.namespace_blocks(root))
         world.after(0.02, look)
 
@@ -149,7 +149,7 @@ def test_a_large_request_is_bypassed_a_bounded_number_of_times(seed: int) -> Non
         again()
     world.run(1.0)
     job = large.submit(prompt=1700, max_tokens=4)
-    request = world.engine._requests[job.rid]
+    request = world.engine._books.requests[job.rid]
     world.run(60.0)
     assert job.reasons == ["length"]
     assert request.bypassed <= MOST_BYPASSES

@@ -45,7 +45,7 @@ class Watched(Bench):
         pool = self.engine._pool
         pool.__class__ = self.watching()
         for salt, floor, ceiling in ((SALTS[0], 6, 0), (SALTS[1], 0, self.blocks // 2)):
-            root = self.engine._root(salt)
+            root = self.engine._books.root(salt)
             self.ceilings[root] = ceiling
             pool.handle(SetQuota(root, floor, ceiling))
 

@@ -1,22 +1,18 @@
 """The engine: takes messages, runs steps, reports what came out.
 
-One request's whole life is here. ``handle`` takes what the front says, ``step`` runs at most one
-step and returns its report. There is no I/O and no waiting beside the backend's own;
-`pagedd_daemon.engine.loop` adds the socket.
+``handle`` takes what the front says, ``step`` runs at most one step and says what came of it. How a
+request begins and ends is in `pagedd_daemon.engine.books`. There is no I/O and no waiting beside
+the backend's own; `pagedd_daemon.engine.loop` adds the socket.
 """
 
 from __future__ import annotations
 
-import hashlib
 import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import TypeAlias
 
-import numpy as np
-
-from kvpager.types import PriorityClass, SetQuota
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import (
     Backend,
@@ -27,20 +23,16 @@ from pagedd_daemon.backends.base import (
     StepFaultError,
     StepResult,
 )
-from pagedd_daemon.engine.branches import search_for
+from pagedd_daemon.engine.books import Books
 from pagedd_daemon.engine.embedding import Embeddings
-from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.engine.outbox import HOLD_S, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.scoring import told
-from pagedd_daemon.engine.snapshot import Totals, block_map, snapshot
-from pagedd_daemon.engine.turns import AppPolicy
+from pagedd_daemon.engine.snapshot import block_map, snapshot
 from pagedd_daemon.engine.work import Request, Sequence, SequenceState
-from pagedd_daemon.grammars import GrammarError
-from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
 
 _STEPS_REMEMBERED = 64
 """Steps that their median time is taken over."""
@@ -50,7 +42,7 @@ Say: TypeAlias = Callable[[m.StepReport], None]
 
 
 class Engine:
-    """Composes backend, pool and scheduler, and keeps the books of each request."""
+    """Composes backend, pool, scheduler and books, and runs the steps."""
 
     def __init__(
         self,
@@ -67,31 +59,25 @@ class Engine:
         self._caps = backend.capabilities
         self._pool = Pool(backend, write_through=write_through)
         self._scheduler = Scheduler(self._pool, self._caps, backend.elastic)
-        self._requests: dict[int, Request] = {}
-        self._live: Counter[str] = Counter()
-        """Requests by app."""
-        self._quotas: dict[str, bytes] = {}
-        """Root of each app whose namespace has a quota."""
         self._depth = 2 if self._caps.asynchronous else 1
         """Steps in flight at most."""
         self._flights: deque[tuple[Step, Handle]] = deque()
         self._steps = 0
         self._outbox = Outbox(0.0 if self._caps.asynchronous else HOLD_S)
+        self._books = Books(self._caps, self._pool, self._scheduler, self._outbox, clock, grammars)
         self._step_s = 0.0
         """Of the last step."""
         self._seconds: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         """Of the last steps."""
         self._blocked = 0
         """Turns in which nothing was under way: what is waited for is outside."""
-        self._totals = Totals()
-        self._grammars = grammars
         self._embeddings = Embeddings(
             backend.embedder,
             self._caps,
             self._scheduler.turns,
             clock,
             self._outbox.embedded,
-            self._left,
+            self._books.left,
         )
 
     # ------------------------------------------------------------------------------------ messages
@@ -100,24 +86,24 @@ class Engine:
         """Take one message of the front. What it leads to is in the next report."""
         match message:
             case m.Submit():
-                self._submit(message)
+                self._books.submit(message)
             case m.App():
-                self._tell_app(message)
+                self._books.tell_app(message)
             case m.Embed():
-                self._live[message.app] += 1
+                self._books.came(message.app)
                 self._embeddings.add(message)
             case m.Cancel(rid=rid) if rid < 0:
                 self._embeddings.cancel(rid)
             case m.Cancel(rid=rid):
-                if request := self._requests.get(rid):
+                if request := self._books.requests.get(rid):
                     for index in sorted(request.open_samples):
-                        self._end_sample(request, index, "cancelled")
+                        self._books.end_sample(request, index, "cancelled")
             case m.Finish(rid=rid, index=index, tokens=tokens):
-                request = self._requests.get(rid)
+                request = self._books.requests.get(rid)
                 if request is not None and index in request.open_samples:
-                    self._end_sample(request, index, "stop", keep=tokens)
+                    self._books.end_sample(request, index, "stop", keep=tokens)
             case m.Pause(rid=rid) | m.Unpause(rid=rid):
-                if request := self._requests.get(rid):
+                if request := self._books.requests.get(rid):
                     request.paused = isinstance(message, m.Pause)
                     self._scheduler.wake()
             case m.Drop(rid=rid):
@@ -131,7 +117,7 @@ class Engine:
         step or a transfer has not ended."""
         if self._flights or self._pool.transfers_in_flight > 0 or self._embeddings.busy:
             return True
-        return any(not request.paused for request in self._requests.values())
+        return any(not request.paused for request in self._books.requests.values())
 
     @property
     def steps(self) -> int:
@@ -184,7 +170,7 @@ class Engine:
                 self._pool.pager,
                 self._scheduler,
                 self._backend,
-                self._totals,
+                self._books.totals,
                 self._steps,
                 self._clock(),
             )
@@ -214,7 +200,7 @@ class Engine:
         Returns:
             Whether a step was launched or collected.
         """
-        self._take_grammars()
+        self._books.take_grammars()
         embedded = self._embed()
         self._advance_searches()
         step = self._scheduler.plan(self._clock())
@@ -242,7 +228,7 @@ class Engine:
         """Compute a piece of a text that becomes a vector, if it is time for one."""
         if not self._embeddings.busy:
             return False
-        classes = [request.klass for request in self._requests.values() if not request.paused]
+        classes = [request.klass for request in self._books.requests.values() if not request.paused]
         return self._embeddings.advance(min(classes, default=None))
 
     def _follow(self, step: Step, say: Say, waiting: Callable[[], bool]) -> None:
@@ -334,18 +320,28 @@ class Engine:
         else:
             self._retire(step, result, say)
 
+    def _advance_searches(self) -> None:
+        """Searches take their steps before a plan is made: an end may change it."""
+        if self._scheduler.in_stretch:
+            return
+        self._scheduler.settle()
+        self._scheduler.branches.advance()
+        for request in self._scheduler.branches.over:
+            self._books.end_search(request)
+        self._scheduler.branches.over.clear()
+
     def _announce(self) -> None:
         """Report what planning found: who started, who can never fit, who cannot grow."""
         for request in self._scheduler.started:
             self._outbox.started(request.rid, request.cached_tokens)
-            self._totals.start(request)
+            self._books.totals.start(request)
             if request.beams is not None:
                 self._scheduler.branches.begin(request.beams)
         self._scheduler.started.clear()
         for request, denial in self._scheduler.denied:
             block = self._caps.block_tokens
             need, pool = denial.need_blocks * block, denial.total_blocks * block
-            self._reject(
+            self._books.reject(
                 request,
                 "E_NEVER_FITS",
                 f"the request needs {need} tokens of a pool of {pool}",
@@ -354,9 +350,9 @@ class Engine:
         self._scheduler.denied.clear()
         for sequence in self._scheduler.stranded:
             if sequence.request.beams is not None:
-                self._end_search(sequence.request)
+                self._books.end_search(sequence.request)
             else:
-                self._end_sample(sequence.request, sequence.index, "context")
+                self._books.end_sample(sequence.request, sequence.index, "context")
         self._scheduler.stranded.clear()
 
     def _retire(self, step: Step, result: StepResult, say: Say) -> None:
@@ -386,8 +382,8 @@ class Engine:
                     self._accept(child, one)
             self._accept(sequence, tokens[0])
         for request in unreadable:
-            if request.rid in self._requests:
-                self._reject(request, "E_ENGINE", _NAN, {}, cache=False)
+            if request.rid in self._books.requests:
+                self._books.reject(request, "E_ENGINE", _NAN, {}, cache=False)
 
     def _tell_prompt(self, sequence: Sequence, run: Run, scored: Items[Drawn]) -> bool:
         """Report log-probabilities of a prompt; False if they are not numbers."""
@@ -405,7 +401,7 @@ class Engine:
     def _accept(self, sequence: Sequence, drawn: Drawn) -> None:
         """Keep a token that was drawn for a sequence, or end it."""
         request, token = sequence.request, drawn.token
-        if request.rid not in self._requests:
+        if request.rid not in self._books.requests:
             return  # another sample of it was rejected in this step
         if request.beams is not None and token >= 0:
             request.beams.report(sequence, drawn)
@@ -418,19 +414,19 @@ class Engine:
     def _end_if_over(self, sequence: Sequence, drawn: Drawn) -> None:
         """End a sequence whose last token, or whose last room, this was."""
         request, token = sequence.request, drawn.token
-        if request.rid not in self._requests:
+        if request.rid not in self._books.requests:
             return  # another sample of it was rejected in this step
         matcher = sequence.sampler.matcher
         if token < 0 and matcher is not None and matcher.error:
-            self._reject(request, "E_GRAMMAR", matcher.error, {})
+            self._books.reject(request, "E_GRAMMAR", matcher.error, {})
         elif token < 0:
-            self._reject(request, "E_ENGINE", _NAN, {}, cache=False)
+            self._books.reject(request, "E_ENGINE", _NAN, {}, cache=False)
         elif self._ends(request, token) or sequence.sampler.complete:
-            self._end_sample(request, sequence.index, "stop")
+            self._books.end_sample(request, sequence.index, "stop")
         elif sequence.generated >= request.stop.max_tokens:
-            self._end_sample(request, sequence.index, "length")
+            self._books.end_sample(request, sequence.index, "length")
         elif len(sequence.tokens) >= self._caps.context_tokens:
-            self._end_sample(request, sequence.index, "context")
+            self._books.end_sample(request, sequence.index, "context")
 
     def _fail(self, step: Step, fault: StepFaultError) -> None:
         """A step was refused. For want of memory, somebody gives way and it is tried again; else
@@ -439,214 +435,10 @@ class Engine:
         if isinstance(fault, DeviceMemoryError) and self._scheduler.relieve(failed, self._clock()):
             return
         for sequence in failed:
-            if sequence.request.rid in self._requests:
-                self._reject(sequence.request, "E_ENGINE", f"a step failed: {fault}", {})
-
-    # ------------------------------------------------------------------------------------ requests
-
-    def _submit(self, message: m.Submit) -> None:
-        known = np.frombuffer(message.prompt, dtype="<i4").astype(np.int32)
-        asked = len(known) - message.generated
-        request = Request(
-            rid=message.rid,
-            app=message.app,
-            klass=PriorityClass(message.klass),
-            root=self._root(message.root),
-            prompt=known[:asked],
-            resumed=known[asked:],
-            first_index=message.index,
-            samples=1 if message.beams else message.n,
-            sampling=SamplingParams(**message.sampling),
-            stop=StopParams(
-                **{**message.stop, "stop_token_ids": tuple(message.stop["stop_token_ids"])}
-            ),
-            submitted_s=self._clock(),
-            open_samples=set(range(message.index, message.index + message.n)),
-            constrained=bool(message.grammar_kind),
-            prompt_logprobs=message.prompt_logprobs,
-            hold=message.hold,
-        )
-        self._requests[request.rid] = request
-        self._live[request.app] += 1
-        context = self._caps.context_tokens
-        if message.generated and (over := _over(request, context)):
-            self._end_sample(request, message.index, over)
-            return
-        if asked >= context:
-            self._reject(
-                request,
-                "E_TOO_LONG",
-                f"the prompt has {asked} tokens, the context {context}",
-                {"prompt_tokens": asked, "context_tokens": context},
-            )
-            return
-        if message.beams:
-            request.beams = search_for(request, BeamParams(**message.beams), self._caps)
-            least, vocabulary = request.beams.search.candidates, self._caps.vocab_size
-            if least > vocabulary:
-                width = request.width
-                why = f"{width} beams look at {least} tokens, the vocabulary has {vocabulary}"
-                details = {"field": "beam_width", "value": width, "vocab_size": vocabulary}
-                self._reject(request, "E_FIELD", why, details)
-                return
-        if not request.constrained:
-            self._scheduler.add(request)
-        elif self._grammars is not None and self._caps.constrains:
-            self._grammars.add(request, message.grammar_kind, message.grammar)
-        else:
-            why = f"the backend {self._caps.name} cannot constrain output"
-            self._reject(request, "E_GRAMMAR", why, {"backend": self._caps.name})
-
-    def _take_grammars(self) -> None:
-        """Queue the requests whose grammars have been compiled."""
-        if self._grammars is None:
-            return
-        for request, made in self._grammars.compiled():
-            if request.rid not in self._requests:
-                continue  # cancelled meanwhile
-            if isinstance(made, GrammarError):
-                self._reject(request, "E_GRAMMAR", str(made), {})
-                continue
-            for token in request.resumed.tolist():
-                made.accept(token)
-            request.matcher = made
-            if made.complete:
-                self._end_sample(request, request.first_index, "stop")
-            else:
-                self._scheduler.add(request)
-
-    def _root(self, salt: bytes) -> bytes:
-        """What the prefix chain of a namespace starts from: pages of another model, KV type or
-        namespace can never be taken for one's own."""
-        digest = hashlib.sha256(self._caps.model_digest)
-        digest.update(self._caps.kv_dtype.encode())
-        digest.update(salt)
-        return digest.digest()
-
-    def _end_sample(
-        self, request: Request, index: int, reason: str, keep: int | None = None
-    ) -> None:
-        """One sample is over, with its first ``keep`` generated tokens (all of them if None)."""
-        if request.beams is not None:
-            self._scheduler.branches.end(request.beams)
-        sequence = request.sequences.pop(index, None)
-        if sequence is not None:
-            generated = sequence.generated if keep is None else min(keep, sequence.generated)
-            request.generated_tokens += max(0, generated - len(request.resumed))
-            hold = request.hold and reason != "cancelled"
-            self._scheduler.end(sequence, keep_tokens=len(request.prompt) + generated, hold=hold)
-        request.open_samples.discard(index)
-        self._outbox.ended(m.Ended(request.rid, index, reason))
-        if not request.open_samples:
-            self._close(request)
-
-    def _advance_searches(self) -> None:
-        """Searches take their steps before a plan is made: an end may change it."""
-        if self._scheduler.in_stretch:
-            return
-        self._scheduler.settle()
-        self._scheduler.branches.advance()
-        for request in self._scheduler.branches.over:
-            self._end_search(request)
-        self._scheduler.branches.over.clear()
-
-    def _end_search(self, request: Request) -> None:
-        """A beam search is over: say what it has found."""
-        if request.rid not in self._requests:
-            return
-        assert request.beams is not None
-        search = request.beams.search
-        search.conclude()
-        self._scheduler.branches.end(request.beams)
-        now = self._clock()
-        for index in sorted(request.open_samples):
-            if index >= len(search.ended):  # fewer tokens may follow than there are beams
-                self._outbox.ended(m.Ended(request.rid, index, "stop"))
-                continue
-            text = search.ended[index]
-            for one in text.tokens():
-                request.generated_tokens += 1
-                self._outbox.output(request.rid, index, one, now, first=False)
-            self._outbox.ended(m.Ended(request.rid, index, text.reason, text.score))
-        request.open_samples.clear()
-        self._close(request)
-
-    def _close(self, request: Request) -> None:
-        self._scheduler.withdraw(request)
-        self._forget(request)
-        self._totals.end(request)
-        self._outbox.closed(_closed(request))
-
-    def _reject(
-        self,
-        request: Request,
-        code: str,
-        message: str,
-        details: dict[str, object],
-        *,
-        cache: bool = True,
-    ) -> None:
-        """End a request with an error; nothing follows for it. Unless ``cache``, nobody finds what
-        it computed."""
-        self._scheduler.withdraw(request)
-        if request.beams is not None:
-            self._scheduler.branches.end(request.beams, cache=cache)
-        for sequence in list(request.sequences.values()):
-            self._scheduler.end(sequence, cache=cache)
-        request.sequences.clear()
-        self._forget(request)
-        self._outbox.rejected(m.Rejected(request.rid, code, message, details))
-
-    def _forget(self, request: Request) -> None:
-        del self._requests[request.rid]
-        self._left(request.app)
-
-    def _left(self, app: str) -> None:
-        """The app has one request less."""
-        self._live[app] -= 1
-        if not self._live[app]:
-            del self._live[app]
-            self._scheduler.turns.forget(app)
-            root = self._quotas.pop(app, None)
-            if root is not None and root not in self._quotas.values():
-                self._pool.handle(SetQuota(root))
-
-    def _tell_app(self, app: m.App) -> None:
-        block, root = self._caps.block_tokens, self._root(app.root)
-        floor, ceiling = -(-app.kv_floor_tokens // block), app.kv_ceiling_tokens // block
-        policy = AppPolicy(AppId(app.uid, app.scope, app.name), app.weight, app.max_running, floor)
-        self._scheduler.turns.tell(app.key, policy)
-        if floor or ceiling or app.key in self._quotas:
-            self._quotas[app.key] = root
-            self._pool.handle(SetQuota(root, floor, ceiling))
-        self._scheduler.wake()
+            if sequence.request.rid in self._books.requests:
+                self._books.reject(sequence.request, "E_ENGINE", f"a step failed: {fault}", {})
 
     def _say(self, say: Say, *, everything: bool = False) -> None:
         """Say what there is to say, ``everything`` or what is due."""
         if everything or self._outbox.due(self._clock(), self._step_s):
             self._outbox.say(say, self._steps)
-
-
-def _over(request: Request, context_tokens: int) -> str:
-    """Why a resumed sample has nothing more to draw: its engine died before it could say so."""
-    if len(request.resumed) >= request.stop.max_tokens:
-        return "length"
-    if request.prompt_tokens + len(request.resumed) >= context_tokens:
-        return "context"
-    return ""
-
-
-def _closed(request: Request) -> m.Closed:
-    end = request.last_token_s
-    started = request.started_s or end
-    first = request.first_token_s or started
-    return m.Closed(
-        rid=request.rid,
-        prompt_tokens=len(request.prompt),
-        cached_tokens=request.cached_tokens,
-        generated_tokens=request.generated_tokens,
-        queue_ms=max(0.0, started - request.submitted_s) * 1e3,
-        prompt_ms=max(0.0, first - started) * 1e3,
-        generation_ms=max(0.0, end - first) * 1e3,
-        ttft_ms=max(0.0, first - request.submitted_s) * 1e3,
-    )
