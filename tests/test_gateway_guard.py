@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
 import tempfile
 import time
@@ -15,6 +16,7 @@ import pytest
 
 import pagedd
 from tests.support.daemon import RunningDaemon, running_daemon
+from tests.support.fake_daemon import FakeDaemon, Peer, Request
 from tests.support.gateway import events, run, running_gateway, with_gateway
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -229,3 +231,36 @@ def test_a_gateway_listens_at_no_address_of_the_network_without_keys(
     done = daemon.command("gateway", "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 69
     assert "apps key add" in done.stderr
+
+
+def test_who_waits_for_a_model_to_load_is_told_to_ask_again_and_nobody_else_is() -> None:
+    state = "ready"
+    with tempfile.TemporaryDirectory(prefix="pagedd-") as folder, FakeDaemon(Path(folder)) as fake:
+        told: queue.Queue[str] = queue.Queue()
+
+        def ping(peer: Peer, request: Request) -> None:
+            peer.result(request, pid=1, uptime_s=1.0, state=state, steps=5)
+            told.put(state)
+
+        fake.on("ping", ping)
+        fake.on("generate", lambda peer, request: None)  # says nothing, as while a model loads
+
+        async def use(client: httpx.AsyncClient) -> None:
+            nonlocal state
+            body = {"model": "fake", "prompt": "x"}
+            for stream in (True, False):
+                state = "ready"
+                asking = asyncio.create_task(
+                    client.post("/v1/completions", json={**body, "stream": stream})
+                )
+                for _ in range(3):
+                    await asyncio.to_thread(told.get, timeout=30)
+                assert not asking.done()
+                state = "loading"
+                response = await asking
+                assert response.status_code == 503
+                assert response.json()["error"]["code"] == "loading"
+                assert int(response.headers["retry-after"]) >= 1
+                await asyncio.to_thread(fake.expect, "cancel")
+
+        with_gateway(fake.host, use, load_wait_s=0.05)

@@ -20,6 +20,7 @@ from pagedd_http.errors import ApiError, as_api_error
 from pagedd_http.gateway import Gateway
 from pagedd_http.guard import Guard
 from pagedd_http.interfaces import Interface, owner
+from pagedd_http.patience import Patience
 from pagedd_http.settings import Settings
 
 log = logging.getLogger("pagedd.gateway")
@@ -51,7 +52,11 @@ def create_app(settings: Settings | None = None) -> Starlette:
 
     app = Starlette(
         routes=[openapi.ROUTE, *(route for one in INTERFACES for route in one.routes)],
-        middleware=[Middleware(Errors, INTERFACES), Middleware(Guard, settings)],
+        middleware=[
+            Middleware(Errors, INTERFACES),
+            Middleware(Guard, settings),
+            Middleware(Patience, daemon, settings.load_wait_s),
+        ],
         exception_handlers={HTTPException: _no_route},
         lifespan=lifespan,
     )

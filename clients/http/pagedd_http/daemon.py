@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 
-from pagedd import AsyncClient, ConnectionFailed
+from pagedd import AsyncClient, ConnectionFailed, PageddError
 from pagedd_http.settings import App, Settings
 
 MAX_CONNECTIONS = 64
@@ -64,6 +65,15 @@ class Daemon:
                 del self._clients[name]
                 await idle.close()
         return client
+
+    async def loading(self) -> bool:
+        """Whether the daemon is loading a model now; False where it does not say."""
+        client = next((one for one in self._clients.values() if one.usable), None)
+        if client is None:
+            return False
+        with contextlib.suppress(PageddError):
+            return bool((await client.ping())["state"] == "loading")
+        return False
 
     async def close(self) -> None:
         """End all connections; the daemon cancels what still runs on them."""

@@ -50,3 +50,6 @@ class Settings:
     timeout_s: float = 600.0
     """The longest wait for the daemon's next word on a request: a long prompt may queue for
     minutes, and a client that loses patience hangs up."""
+    load_wait_s: float = 20.0
+    """A request that has waited this long while a model loads is answered with 503: some clients
+    give up after 30 s, and without being told to ask again."""
