@@ -379,6 +379,19 @@ def test_cached_pages_are_evicted_to_make_room() -> None:
     assert caller.admit(3, ids(16))[-1] == Admitted(3, 8, False)
 
 
+def test_a_long_text_that_was_copied_down_in_pieces_leaves_before_a_younger_one() -> None:
+    caller = Caller(gpu=1024, ram=2048)
+    caller.validate = False  # a thousand blocks after each of hundreds of events
+    for seq in range(22):
+        caller.prompt(seq, ids(50 * SIZE, 1000 * seq))
+        caller(Free(seq))
+        caller.settle()
+    caller.pager.validate()
+    # 76 of 1,100 pages had to go: the oldest text's 50, and 26 of the one after it.
+    loads = [item for item in caller.admit(22, ids(50 * SIZE + 1)) if isinstance(item, Load)]
+    assert [len(load.pages) for load in loads] == [50]
+
+
 def test_pages_next_in_line_are_written_back_so_that_evicting_them_loses_nothing() -> None:
     caller = Caller(gpu=6, ram=8)
     caller.prompt(1, ids(12))

@@ -121,7 +121,7 @@ class FreesBeforeTheCopyEnds(Pool):
     def pin(self, block: int) -> None:
         pass
 
-    def unpin(self, block: int, *, oldest: bool = False) -> None:
+    def unpin(self, block: int, *, back: bool = False) -> None:
         pass
 
 

@@ -1,7 +1,7 @@
 """Blocks of the first tier, as flat arrays.
 
 Every attribute is an `array` (fast to touch one at a time) with a NumPy view over the same memory
-(fast to touch many at a time). A block costs 31 bytes here, and no Python object.
+(fast to touch many at a time). A block costs 39 bytes here, and no Python object.
 """
 
 from __future__ import annotations
@@ -29,18 +29,24 @@ def zeros(code: str, size: int, value: int = 0) -> array[int]:
 
 
 class LruList:
-    """An intrusive doubly linked list over ``range(size)``: oldest first, every operation O(1).
+    """An intrusive doubly linked list over ``range(size)``: oldest first, every operation O(1) but
+    for `put_back`.
 
     The element ``size`` is the sentinel; an element outside the list has no successor (-1).
     """
 
-    __slots__ = ("_next", "_prev", "_sentinel", "count")
+    __slots__ = ("_last", "_next", "_prev", "_sentinel", "_stamp", "_stamps", "count")
 
     def __init__(self, size: int) -> None:
         self._sentinel = size
         self._prev = zeros("i", size + 1, -1)
         self._next = zeros("i", size + 1, -1)
         self._prev[size] = self._next[size] = size
+        self._stamp = zeros("q", size)
+        """When each element came, by a count of all that did; kept when it is taken out."""
+        self._stamps = 0
+        self._last = size
+        """The element that was put back last."""
         self.count = 0
 
     def __contains__(self, item: int) -> bool:
@@ -57,7 +63,8 @@ class LruList:
     @property
     def nbytes(self) -> int:
         """Bytes of bookkeeping."""
-        return (len(self._prev) + len(self._next)) * self._prev.itemsize
+        links = (len(self._prev) + len(self._next)) * self._prev.itemsize
+        return links + len(self._stamp) * self._stamp.itemsize
 
     def oldest(self) -> int:
         """The oldest element, -1 if there is none."""
@@ -66,11 +73,25 @@ class LruList:
 
     def push_newest(self, item: int) -> None:
         """Add at the end that is reclaimed last."""
+        self._stamps += 1
+        self._stamp[item] = self._stamps
         self._insert(self._prev[self._sentinel], item, self._sentinel)
 
-    def push_oldest(self, item: int) -> None:
-        """Add at the end that is reclaimed first."""
-        self._insert(self._sentinel, item, self._next[self._sentinel])
+    def put_back(self, item: int) -> None:
+        """Add what was taken out before at its place: behind all that are older.
+
+        Steps over those, from the one that was put back last if that is older: several elements are
+        put back fastest oldest first.
+        """
+        stamps, following, end = self._stamp, self._next, self._sentinel
+        stamp, before = stamps[item], self._last
+        if before == end or following[before] < 0 or stamps[before] > stamp:
+            before = end
+        after = following[before]
+        while after != end and stamps[after] < stamp:
+            before, after = after, following[after]
+        self._insert(before, item, after)
+        self._last = item
 
     def remove(self, item: int) -> None:
         """Take out of the list."""

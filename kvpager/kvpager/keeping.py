@@ -250,7 +250,7 @@ class Keeping:
                 pool.begin_write_back(block)
                 pages.append(Page(0, block, slot, self._size))
             if pages:
-                self._transfers.begin_store(-1, Tier.DISK, pages, (), out, oldest=False)
+                self._transfers.begin_store(-1, Tier.DISK, pages, (), out, back=False)
         if pool.fresh_slots and not self._transfers.spilling:
             moves: list[Move] = []
             for source in _take(pool.fresh_slots, _WRITE_BACK_MOST):
@@ -264,7 +264,7 @@ class Keeping:
                 pool.ram.pin(source)
                 moves.append(Move(source, target, self._size))
             if moves:
-                self._transfers.begin_spill(moves, out, oldest=False)
+                self._transfers.begin_spill(moves, out, back=False)
 
     def _write_back_blocks(self, depth: int, out: list[Instruction]) -> None:
         pool = self._pool

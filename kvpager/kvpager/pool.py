@@ -97,8 +97,11 @@ class Pool:
         for block in unreferenced:
             self.settle(block)
 
-    def settle(self, block: int, *, oldest: bool = False) -> None:
-        """Where a block without references goes: every path to ``FREE`` leads through here."""
+    def settle(self, block: int, *, back: bool = False) -> None:
+        """Where a block without references goes: every path to ``FREE`` leads through here.
+
+        With ``back`` it is as old as it was when it left the cache, not the newest there.
+        """
         arrays = self.blocks
         node = arrays.node[block]
         if node >= 0 and not self.config.keep_cached_on_gpu and not arrays.pins[block]:
@@ -115,8 +118,8 @@ class Pool:
             arrays.state[block] = CACHED
             if self.config.disk_persists:
                 self.fresh_blocks.append(block)
-            if oldest:
-                arrays.cached.push_oldest(block)
+            if back:
+                arrays.cached.put_back(block)
             else:
                 arrays.cached.push_newest(block)
         else:
@@ -147,12 +150,12 @@ class Pool:
         self.blocks.states[blocks] = LOADING
         self.loading.update(dict.fromkeys(blocks.tolist(), transfer))
 
-    def unpin(self, block: int, *, oldest: bool = False) -> None:
-        """One transfer less names the block."""
+    def unpin(self, block: int, *, back: bool = False) -> None:
+        """One transfer less names the block; ``back``: see `settle`."""
         arrays = self.blocks
         arrays.pins[block] -= 1
         if not arrays.pins[block] and not arrays.refcount[block] and arrays.state[block] != DYING:
-            self.settle(block, oldest=oldest)
+            self.settle(block, back=back)
 
     def relocate(self, block: int, epoch: int) -> int:
         """Have a block below the limit take over the references and the page of ``block``.

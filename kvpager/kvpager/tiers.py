@@ -171,10 +171,10 @@ class LowerTier:
             self._leave_cache(slot)
         self._all_pins[slots] += 1
 
-    def unpin(self, slot: int, *, oldest: bool = False) -> None:
-        """One transfer less names the slot; with ``oldest`` it is reclaimed before others."""
+    def unpin(self, slot: int, *, back: bool = False) -> None:
+        """One transfer less names the slot; with ``back`` it is as old as before that transfer."""
         self.pins[slot] -= 1
-        self._settle(slot, oldest=oldest)
+        self._settle(slot, back=back)
 
     def filled(self, slot: int) -> None:
         """The store into the slot has ended well."""
@@ -205,13 +205,13 @@ class LowerTier:
         while self.cached.count and self.total - len(self.free) - self.held > self.cache_limit:
             self._evict(self._next_victim())
 
-    def _settle(self, slot: int, *, oldest: bool = False) -> None:
+    def _settle(self, slot: int, *, back: bool = False) -> None:
         """Where a slot goes that may have lost its last user."""
         if self.holds[slot] or self.pins[slot]:
             return
         if self.state[slot] == _READY and self.node[slot] >= 0:
-            if oldest:
-                self.cached.push_oldest(slot)
+            if back:
+                self.cached.put_back(slot)
             else:
                 self.cached.push_newest(slot)
             return

@@ -33,8 +33,8 @@ class Transfer:
     instruction: Store | Load | Spill
     touched: tuple[Place, ...] = ()
     """Store: pages of the same prefix that were there already, pinned so that they age with it."""
-    oldest: bool = True
-    """Whether what nobody asked for is to be reclaimed next, as before, when it has been copied."""
+    back: bool = True
+    """Whether what nobody asked for is as old as before when it has been copied."""
     waiters: dict[int, SequenceState] = field(default_factory=dict)
     """Load: sequences that cannot run before it has ended."""
 
@@ -64,22 +64,22 @@ class Transfers:
         out: list[Instruction],
         *,
         through: bool = False,
-        oldest: bool = True,
+        back: bool = True,
     ) -> None:
         """Store ``pages``, whose slots of ``tier`` the caller has taken and named."""
         store = Store(self._number(), seq, tier, tuple(pages), through)
         for page in pages:
             self._pool.pin(page.block)
-        self.live[store.transfer] = Transfer(store, tuple(touched), oldest)
+        self.live[store.transfer] = Transfer(store, tuple(touched), back)
         self.writing_back += seq < 0
         out.append(store)
 
     def begin_spill(
-        self, moves: Sequence[Move], out: list[Instruction], *, oldest: bool = True
+        self, moves: Sequence[Move], out: list[Instruction], *, back: bool = True
     ) -> None:
         """Copy pages from RAM to disk; the caller has pinned the one and named the other slots."""
         spill = Spill(self._number(), Tier.RAM, Tier.DISK, tuple(moves))
-        self.live[spill.transfer] = Transfer(spill, oldest=oldest)
+        self.live[spill.transfer] = Transfer(spill, back=back)
         self.spilling += 1
         out.append(spill)
 
@@ -167,18 +167,22 @@ class Transfers:
             else:
                 self._cut_swapped(Place(disk, move.target))
                 disk.spoil(move.target)
-        for move in reversed(spill.pages):
-            # Next to be reclaimed, as before; after a failure not, or it would be tried for ever.
-            ram.unpin(move.source, oldest=ok and record.oldest)
+        for move in spill.pages:
+            # As old as before; after a failure not, or it would be tried for ever.
+            ram.unpin(move.source, back=ok and record.back)
         self._pool.shrink_caches()
 
     def _let_go(self, record: Transfer, store: Store, *, failed: bool) -> None:
-        """The blocks of an ended store; those of a write-back return to the end they came from."""
-        # After a failure they go to the other end, or the same store would be tried for ever.
+        """The blocks of an ended store; those of a write-back are as old as before: in front of
+        those that were copied before them, a page would seem to be older than what it continues."""
+        # After a failure they are the newest, or the same store would be tried for ever.
         self.writing_back -= store.seq < 0
-        oldest = store.seq < 0 and not failed and record.oldest
+        if store.seq < 0 and not failed and record.back:
+            for page in store.pages:
+                self._pool.unpin(page.block, back=True)
+            return
         for page in reversed(store.pages):
-            self._pool.unpin(page.block, oldest=oldest)
+            self._pool.unpin(page.block)
 
     def _load_done(self, record: Transfer, load: Load, out: list[Instruction]) -> None:
         pool = self._pool
