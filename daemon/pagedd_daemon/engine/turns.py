@@ -318,11 +318,10 @@ class Turns:
         """Like `victims`, but only those that may be paged out to let ``asking`` in; empty where
         all of them together would not make enough room."""
         flow = self.flow(asking)
-        may = [
-            s
-            for s in sequences
-            if self.fair.yields(self.flow(s.request), flow) and not self._below_floor(s.request)
-        ]
+        # Asked once for each app: for each of 256 sequences it took a tenth of a step.
+        by_flow = self._by_flow(sequences)
+        yielding = [line for other, line in by_flow.items() if self.fair.yields(other, flow)]
+        may = [s for line in yielding for s in line if not self._below_floor(s.request)]
         held = len(may)
         if refusal.reason is DeferReason.BLOCKS:
             held = sum(len(self._pager.block_table(s.seq)) for s in may)
