@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pagedd_daemon.backends.base import ModelLoadError
+from pagedd_daemon.backends.paged.early import begin_context
 from pagedd_daemon.backends.paged.graphs import Graph
 from pagedd_daemon.backends.paged.layout import Buckets, StepShape, decode_buckets
 from pagedd_daemon.backends.paged.load import largest_that_fits
@@ -165,3 +166,9 @@ def test_another_error_at_the_start_is_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="illegal"):
         largest_that_fits(prepare, 8192)
+
+
+def test_a_context_begun_where_there_may_be_no_device_is_no_trouble() -> None:
+    thread = begin_context()
+    thread.join(30)
+    assert not thread.is_alive()

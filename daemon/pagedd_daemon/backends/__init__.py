@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +23,22 @@ def prepare(backend: str) -> None:
     """
     if backend not in ("torch", "auto"):
         return
+    from pagedd_daemon.backends.paged.early import begin_context
+
+    context = begin_context()
     with contextlib.suppress(Exception):
         import torch
 
         importlib.import_module("pagedd_daemon.backends.paged.load")
         if torch.cuda.is_available():
-            torch.empty(1, device="cuda")  # the device's context: half a second
+            from pagedd_daemon.backends.paged.caches import use_cache_folder
+
+            use_cache_folder()
+            from pagedd_kernels.gpu.compiling import know_compiler
+
+            threading.Thread(target=know_compiler, name="compiler", daemon=True).start()
+            context.join()
+            torch.empty(1, device="cuda")
 
 
 def _check_unchanged(configure: Configure) -> None:
