@@ -90,6 +90,15 @@ def test_who_waits_for_the_blocks_of_a_step_in_flight_comes_in_when_that_has_end
     assert [job.reasons for job in jobs] == [["length"]] * 3
 
 
+def test_who_waits_for_blocks_that_are_still_written_through_comes_in_when_that_has_ended() -> None:
+    world = World(3, kv_tokens=192, write_through=True)
+    world.backend.faults.delay_polls = 50
+    app = world.app("app")
+    jobs = [app.submit(prompt=160, max_tokens=2), app.submit(prompt=170, max_tokens=2)]
+    world.run(60.0)
+    assert [job.reasons for job in jobs] == [["length"]] * 2
+
+
 def test_running_sequences_below_their_floor_are_no_victims() -> None:
     world = World(4, kv_tokens=1024)
     kept = world.app("kept", klass=BACKGROUND, kv_floor=512)

@@ -141,6 +141,7 @@ class World:
         step_s: float = 0.008,
         token_s: float = 0.001,
         validate_every: int = 64,
+        write_through: bool = False,
         **capabilities: object,
     ) -> None:
         """An idle engine at time 0.
@@ -152,6 +153,7 @@ class World:
             step_s: Seconds of a step beside its tokens.
             token_s: Seconds for each input token of a step.
             validate_every: Steps between two checks of the pager's invariants.
+            write_through: As of `Engine`.
             capabilities: Fields of `Capabilities` that shall differ from the simulated backend's;
                 one step is in flight at a time unless they say otherwise.
         """
@@ -179,7 +181,7 @@ class World:
         self.backend = SimulatedBackend(
             caps, step_s=step_s, token_s=token_s, clock=lambda: self.now, wait=self._wait
         )
-        self.engine = Engine(self.backend, lambda: self.now)
+        self.engine = Engine(self.backend, lambda: self.now, write_through=write_through)
         self.steps = 0
         self._validate_every = validate_every
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
