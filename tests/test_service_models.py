@@ -116,6 +116,23 @@ def test_an_engine_that_dies_while_loading_fails_those_who_wait() -> None:
     run(scenario())
 
 
+def test_an_engine_that_dies_as_soon_as_it_is_ready_fails_those_who_wait() -> None:
+    async def scenario() -> None:
+        async with Front() as front:
+            front.source.automatic = False
+            client = front.connect()
+            request = client.generate()
+            engine = await front.source.engine(0)
+            await engine.hears(m.Configure)
+            # Both are there before anybody who waits for the first goes on.
+            front.service.models.engine_said(engine, front.source.ready)
+            front.service.models.engine_gone(engine, -9)
+            assert (await client.end(request))["code"] == "E_ENGINE"
+            assert (await front.status())["state"] == "degraded"
+
+    run(scenario())
+
+
 def test_a_switch_waits_for_live_streams_and_serves_in_order_of_arrival() -> None:
     async def scenario() -> None:
         async with Front() as front:

@@ -242,7 +242,7 @@ class Models:
         if self._ready is not None and not self._ready.done():
             error = WireError("E_ENGINE", f"the engine ended with {how} while loading")
             self._ready.set_exception(error)
-        elif self.current is not None:
+        elif self.current is not None and not self.current.down:
             log.error("engine %d ended with %s", engine.pid, how)
             self._died(self.current, how)
 
@@ -409,7 +409,10 @@ class Models:
         try:
             self._engine = engine = await self._source.spawn(self)
             engine.send(self._source.configure(entry, await text))
-            return Model(entry, await text, engine, await ready)
+            model = Model(entry, await text, engine, await ready)
+            if self._engine is not engine:
+                raise WireError("E_ENGINE", "the engine ended as soon as it was ready")
+            return model
         except BaseException as error:
             self._engine = None
             if engine is not None:
