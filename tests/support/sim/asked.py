@@ -8,6 +8,7 @@ from typing import Any
 
 from pagedd_daemon.front.detokenizer import unpack_ids
 from pagedd_daemon.params import SamplingParams, StopParams
+from tests.support.sim.chosen import best_of, close, searched
 from tests.support.sim.oracle import Oracle
 
 _ENDS = ("done", "error", "result")
@@ -44,6 +45,10 @@ class Asked:
         self.id: str = fields["id"]
         self.prompt = prompt
         self.samples = [Sample() for _ in range(fields.get("n", 1))]
+        self.told = Sample()
+        """Its own prompt, where it wants to hear of it."""
+        self.scores = 0
+        """Tokens of the prompt whose log-probabilities came."""
         self.model: str | None = None
         self.seed = 0
         self.last = -1
@@ -92,6 +97,11 @@ class Asked:
             promise(event["prompt_tokens"] == expected, self.id, "has", expected, "tokens:", event)
         elif kind == "chunk":
             self._chunk(event)
+        elif kind == "prompt":
+            promise(event["start"] == len(self.told.tokens), self, "skips a part of its prompt")
+            self.told.tokens += unpack_ids(event["tokens"])
+            self.told.text.append(event["text"])
+            self.scores += len(event.get("logprobs", ()))
         elif kind == "done":
             self._done(event)
         if self.end is not None:
@@ -131,6 +141,12 @@ class Asked:
         if self.prompt is None or self.model is None:
             return
         sampling, stop = self._params()
+        if self.reasons and "cancelled" not in self.reasons:
+            self._check_told()
+            if self._chosen():
+                self._check_chosen(oracle, sampling, stop)
+        if self._chosen():
+            return
         finish = (self.end or {}).get("finish") or [None] * len(self.samples)
         for index, (sample, end) in enumerate(zip(self.samples, finish, strict=True)):
             self._check(oracle, sampling, stop, index, sample, end)
@@ -142,6 +158,38 @@ class Asked:
             counted = usage["generated_tokens"]
             promise(said - cut <= counted <= said, self.id, "said", said, "tokens:", usage)
             promise(usage["prompt_tokens"] == len(self.prompt), self.id, "asked:", usage)
+
+    def _chosen(self) -> bool:
+        fields = self.fields
+        return "beam_width" in fields or fields.get("best_of", 0) > len(self.samples)
+
+    def _check_told(self) -> None:
+        """Whether it has heard all of its prompt, if it wanted to."""
+        fields, prompt = self.fields, self.prompt or ()
+        scored = fields.get("prompt_logprobs") is not None
+        if fields.get("echo") or scored:
+            promise(tuple(self.told.tokens) == prompt, self, "heard", self.told.tokens)
+            text = bytes(prompt).decode() if fields.get("echo") else ""
+            promise("".join(self.told.text) == text, self, "heard", self.told.text)
+        if scored:
+            promise(self.scores == len(prompt), self, "has", self.scores, "scores")
+
+    def _check_chosen(self, oracle: Oracle, sampling: SamplingParams, stop: StopParams) -> None:
+        """Whether the best of several are its reply."""
+        assert self.prompt is not None
+        assert self.end is not None
+        said = [tuple(sample.tokens) for sample in self.samples]
+        finish = self.end["finish"]
+        if "context" in self.reasons:
+            return  # the pool was too small for all of them together
+        if "beam_width" in self.fields:
+            expected, scores = searched(oracle, self.prompt, self.fields)
+            told = [one["score"] for one in finish]
+            promise(close(told, scores), self, "has scores", told, "and not", scores)
+        else:
+            drawn, wanted = self.fields["best_of"], len(said)
+            expected = best_of(oracle, self.prompt, sampling, stop, drawn, wanted)
+        promise(said == expected, self, "said", said, "and not", expected)
 
     def _check(
         self,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.simulated import Faults, SimulatedBackend
 from pagedd_daemon.engine.core import Engine
+from pagedd_daemon.engine.tiers.opening import Disk
 from pagedd_daemon.front.engine_link import EngineListener
 from pagedd_daemon.link import FrameReader, pack, unpack
 from tests.support.sim.loop import VirtualLoop
@@ -44,6 +45,8 @@ class Plan:
     dies_loading: bool = False
     refuses: bool = False
     """Says `Failed` instead of `Ready`."""
+    disk: Callable[[bytes, Callable[[], float]], Disk] = lambda digest, clock: Disk()
+    """Opens the disk tier, for a model and by a clock."""
 
 
 class SimEngine:
@@ -145,7 +148,7 @@ class SimEngine:
         )
         self._wake(None)
         self._exited.set()
-        self._say(None, now + _REAPED_S)
+        self._say(None, max(now, self._last[1]) + _REAPED_S)
         if self.backend is not None:
             self.backend.close()
 
@@ -247,12 +250,20 @@ class SimEngine:
         made = SimulatedBackend.from_configure(
             configure, keep_cached_on_gpu=plan.keep_cached_on_gpu
         )
-        caps = replace(made.capabilities, asynchronous=plan.asynchronous, constrains=False)
+        disk = plan.disk(configure.model_digest, lambda: self._now)
+        caps = replace(
+            made.capabilities,
+            asynchronous=plan.asynchronous,
+            constrains=False,
+            disk_blocks=disk.slots,
+            disk_persists=disk.persists,
+        )
         self.backend = SimulatedBackend(
             caps,
             step_s=plan.step_s,
             token_s=plan.token_s,
             ram_fd=configure.ram_fd,
+            disk=disk,
             faults=plan.faults,
             verify=True,
             clock=lambda: self._now,

@@ -6,14 +6,16 @@ served, on paging, on engines that died. So one plain run is what every simulate
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from pagedd_daemon.backends.base import Draw, Run, Step
 from pagedd_daemon.engine.sampler import Sampler
-from pagedd_daemon.params import SamplingParams, StopParams
-from tests.support.simulated import EOG, VOCAB, simulated
+from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
+from tests.support.beam_search import Found, search
+from tests.support.simulated import EOG, VOCAB, plain_logprobs, simulated
 
 Frozen = tuple[tuple[str, object], ...]
 
@@ -26,6 +28,13 @@ class Reply:
     ended: bool
     """By an end-of-generation token or a stop id behind these, and not because no more were
     asked for."""
+    logprobs: tuple[float, ...] = ()
+    """Of its tokens, where ``sampling`` asks for them."""
+
+    @property
+    def score(self) -> float:
+        """By which the best of several are found."""
+        return sum(self.logprobs) / len(self.tokens) if self.tokens else -math.inf
 
 
 class Oracle:
@@ -35,6 +44,8 @@ class Oracle:
         self._backend = simulated(blocks=130, ram_pages=1, verify=False)
         self._table = np.arange(130, dtype=np.int32)
         self._known: dict[object, Reply] = {}
+        self._searched: dict[object, list[Found]] = {}
+        self._logprobs = plain_logprobs()
 
     def reply(
         self,
@@ -51,8 +62,16 @@ class Oracle:
         if not known.ended and len(known.tokens) < most:
             known = self._known[key] = self._run(prompt, known, sampling, stop, index, most)
         if len(known.tokens) > most:
-            return Reply(known.tokens[:most], False)
+            return Reply(known.tokens[:most], False, known.logprobs[:most])
         return known
+
+    def beams(self, prompt: tuple[int, ...], params: BeamParams, most: int) -> list[Found]:
+        """The best texts of a search, best first."""
+        key = prompt, params, most
+        if key not in self._searched:
+            stop = StopParams(max_tokens=most)
+            self._searched[key] = search(self._logprobs, list(prompt), params, stop, (EOG,))
+        return self._searched[key]
 
     def _run(
         self,
@@ -63,9 +82,9 @@ class Oracle:
         index: int,
         most: int,
     ) -> Reply:
-        said = list(known.tokens)
+        said, likely = list(known.tokens), list(known.logprobs)
         sampler = Sampler(
-            replace(sampling, logprobs=-1),
+            sampling,
             stop,
             index=index,
             prompt=np.array(prompt, np.int32),
@@ -79,11 +98,12 @@ class Oracle:
             step = Step(1, [Run(1, start, text, self._table, [Draw(1, sampler)])])
             ((_, one),) = self._backend.collect(self._backend.launch(step)).drawn
             if one.token == EOG or one.token in stop.stop_token_ids:
-                return Reply(tuple(said), True)
+                return Reply(tuple(said), True, tuple(likely))
             said.append(one.token)
+            likely.append(one.logprob or 0.0)
             if len(said) >= most:
                 # Whether it would end here is drawn only where one more was asked for.
-                return Reply(tuple(said), False)
+                return Reply(tuple(said), False, tuple(likely))
             sampler.accept(one.token)
             start += len(text)
             text = np.array([one.token], np.int32)

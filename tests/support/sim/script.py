@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from pagedd_daemon.front.detokenizer import pack_ids
 from tests.support.sim.asked import Asked, promise
 from tests.support.sim.client import Client, Talk
 from tests.support.sim.source import rendered
@@ -63,6 +64,9 @@ class Script:
         self._turns: set[asyncio.Task[None]] = set()
         self._acts: list[tuple[Act, int]] = [
             (self._generate, 10),
+            (self._choose, 2),
+            (self._search, 1),
+            (self._embed, 1),
             (self._chat, 3),
             (self._open, 3),
             (self._say, 6),
@@ -131,6 +135,10 @@ class Script:
         fields = self._settings()
         if dice.random() < 0.2:
             fields["n"] = dice.randint(2, 3)
+        if dice.random() < 0.1:
+            fields["echo"] = True
+        if dice.random() < 0.1:
+            fields["prompt_logprobs"] = dice.randint(0, 2)
         if dice.random() < 0.2:
             text = bytes(prompt).decode()
             asked = self.client.ask("generate", prompt, prompt=text, **fields)
@@ -152,6 +160,39 @@ class Script:
     async def _generate(self) -> None:
         for _ in range(self._dice.choice((1, 1, 1, 2, 5))):
             self._generate_now()
+
+    async def _choose(self) -> None:
+        """Ask for the best of several samples."""
+        dice = self._dice
+        n = dice.randint(1, 2)
+        fields: dict[str, Any] = {"n": n, "best_of": n + dice.randint(1, 2), "temperature": 0.8}
+        prompt = dice.choice(_STEMS)[: dice.choice(_LENGTHS)]
+        asked = self.client.generate(
+            prompt, seed=dice.randint(0, 2), max_tokens=dice.choice(_REPLIES[:4]), **fields
+        )
+        self._maybe_cancel(asked)
+
+    async def _search(self) -> None:
+        """Ask for a beam search."""
+        dice = self._dice
+        width = dice.randint(2, 3)
+        prompt = dice.choice(_STEMS[:2])[: dice.choice((5, 16, 33))]
+        asked = self.client.generate(
+            prompt, beam_width=width, n=dice.randint(1, width), max_tokens=dice.choice((2, 4, 6))
+        )
+        self._maybe_cancel(asked)
+
+    async def _embed(self) -> None:
+        """Ask for a vector, and for the same one again."""
+        prompt = self._dice.choice(_STEMS)[: self._dice.choice((1, 5, 16))]
+        vectors = set()
+        for _ in range(2):
+            asked = self.client.ask("embed", tokens=[pack_ids(prompt)])
+            await self.client.end(asked)
+            if asked.end is not None and asked.code is None:
+                vectors.add(asked.end["embeddings"])
+                promise(asked.end["prompt_tokens"] == len(prompt), "embedded", asked.end)
+        promise(len(vectors) < 2, "a text has two vectors")
 
     async def _chat(self) -> None:
         said = [("user", self._dice.choice(_WORDS))]

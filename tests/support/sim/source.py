@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.simulated import BLOCK_TOKENS, BYTES_PER_TOKEN
+from pagedd_daemon.engine.tiers.opening import Disk
 from pagedd_daemon.front.detokenizer import PieceTable
 from pagedd_daemon.front.engine_link import EngineListener
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.model_ports import Conversation, Entry, Rendered, Text
 from pagedd_daemon.memory_file import create_memory
 from tests.support.front import BYTES, FakeEntry
+from tests.support.sim.disk import FailingIo, empty_file, open_disk
 from tests.support.sim.engine import Plan, SimEngine
 from tests.support.sim.loop import VirtualLoop
 from tests.support.simulated import EOG, VOCAB
@@ -31,6 +33,11 @@ class Shape:
     kv_blocks: int = 24
     ram_pages: int = 32
     write_through: bool = True
+    disk_pages: int = 0
+    disk_persists: bool = False
+    disk_failing: float = 0.0
+    disk_corrupt: float = 0.0
+    """As of `FailingIo`."""
 
 
 @dataclass(slots=True)
@@ -94,6 +101,8 @@ class SimSource:
     not_started: float = 0.0
     """Share of engines for which there is no process."""
     _ram: int = -1
+    _store: int = -1
+    """The file of a disk tier that persists."""
 
     async def resolve(self, name: str) -> Entry:
         """See `Source`."""
@@ -136,7 +145,9 @@ class SimSource:
         if self._ram < 0:
             self._ram = create_memory(self._ram_bytes)
         pid = 100 + len(self.engines)
-        engine = SimEngine(self.loop, listener, pid, "", self.plan(), self.dice, self.look)
+        plan = self.plan()
+        plan.disk = self._open_disk
+        engine = SimEngine(self.loop, listener, pid, "", plan, self.dice, self.look)
         self.engines.append(engine)
         return engine
 
@@ -149,6 +160,32 @@ class SimSource:
         if self._ram >= 0:
             os.close(self._ram)
             self._ram = -1
+
+    def close(self) -> None:
+        """Nobody needs any of it any more."""
+        self.forget()
+        if self._store >= 0:
+            os.close(self._store)
+            self._store = -1
+
+    def _open_disk(self, digest: bytes, clock: Callable[[], float]) -> Disk:
+        """A store that outlives engines, or swap space that is an engine's own."""
+        shape = self.shape
+        if not shape.disk_pages:
+            return Disk()
+        if not shape.disk_persists:
+            descriptor = empty_file(shape.disk_pages)
+        else:
+            if self._store < 0:
+                self._store = empty_file(shape.disk_pages)
+            descriptor = os.dup(self._store)
+        io = FailingIo(self.dice, shape.disk_failing, shape.disk_corrupt)
+        try:
+            return open_disk(
+                descriptor, shape.disk_pages, digest, io, clock, persists=shape.disk_persists
+            )
+        except OSError:
+            return Disk(notice="there is no disk tier")
 
     @property
     def _ram_bytes(self) -> int:

@@ -28,7 +28,7 @@ from tests.support.sim.transport import SimTransport
 
 _LIMITS = replace(
     DEFAULT_LIMITS,
-    output_bytes_per_connection=2000,
+    output_bytes_per_connection=600,
     requests_per_connection=20,
     sessions_per_connection=4,
 )
@@ -54,6 +54,10 @@ class World:
             kv_blocks=dice.choice((12, 16, 24, 64)),
             ram_pages=dice.choice((0, 4, 16, 64)),
             write_through=dice.random() < 0.5,
+            disk_pages=dice.choice((0, 0, 0, 8, 64)),
+            disk_persists=dice.random() < 0.5,
+            disk_failing=dice.choice((0.0, 0.0, 0.02)),
+            disk_corrupt=dice.choice((0.0, 0.0, 0.2)),
         )
         self.source = SimSource(self.loop, dice, shape, self._plan, self._look)
         self.source.helper.failing = dice.choice((0.0, 0.0, 0.0, 0.1))
@@ -157,7 +161,7 @@ class World:
             with contextlib.suppress(StandstillError, RuntimeError):
                 self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         asyncio.set_event_loop(None)
-        self.source.forget()
+        self.source.close()
         self.loop.close()
 
     async def _story(self) -> None:
@@ -218,7 +222,8 @@ class World:
         engine = self.source.engines[-1]
         if engine.status is not None:
             return
-        self.struck_loading |= engine.engine is None
+        current = self.service.models.current
+        self.struck_loading |= current is None or current.down
         hangs = self.dice.random() < 0.2
         self.note(f"engine {engine.pid} {'hangs' if hangs else 'dies'}")
         self.seen["hangs" if hangs else "deaths"] += 1
@@ -290,7 +295,10 @@ class World:
             "E_DEADLINE": "deadline_ms" in asked.fields,
             "E_HELPER": self.source.helper.failing > 0,
             "E_POISON": self.deaths + self.bad_loads > 2,
-            "E_ENGINE": self.step_faults or self.bad_loads > 0 or self.struck_loading,
+            "E_ENGINE": self.step_faults
+            or self.bad_loads > 0
+            or self.struck_loading
+            or (asked.fields["verb"] == "embed" and self.deaths > 1),  # it is tried twice
         }
         return allowed.get(code, False)
 
