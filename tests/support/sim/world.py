@@ -275,7 +275,7 @@ class World:
             count = len(running.get(key, ()))
             promise(not most or count <= most, app.name, "runs", count, "requests of", most)
             if app.name == "agent" and ceiling:
-                blocks = core._pool.pager.namespace_blocks(core._root(app.root))
+                blocks = core._pool.pager.namespace_blocks(core._books.root(app.root))
                 promise(blocks * BLOCK_TOKENS <= ceiling, app.name, "holds", blocks, "blocks")
 
     def _allowed(self, code: str, asked: Asked) -> bool:
@@ -329,8 +329,9 @@ class World:
         assert engine.engine is not None
         core = engine.engine
         core.validate()
-        promise(not core._requests and not core._live, "the engine has requests")
-        promise(not core._quotas, "the engine has quotas")
+        books = core._books
+        promise(not books.requests and not books._live, "the engine has requests")
+        promise(not books._quotas, "the engine has quotas")
         promise(not list(core._scheduler.sequences()), "the engine has sequences")
         stats = core._pool.pager.stats()
         used = stats.gpu.used, stats.ram.used, stats.disk.used
