@@ -153,7 +153,7 @@ def test_the_digest_is_what_is_documented_and_sees_data_size_and_header(tmp_path
 
 def test_the_quantisation_is_that_of_most_elements_where_none_is_named(tmp_path: Path) -> None:
     path = file_of(
-        tmp_path / "a.gguf", None, [tensor("a", (32,), 0), tensor("b", (256,), 12, offset=128)]
+        tmp_path / "a.gguf", None, [tensor("a", (32,), 0), tensor("b", (256, 1), 12, offset=128)]
     )
     assert read_header(path).quantization == "Q4_K"
 
@@ -171,6 +171,36 @@ def test_value_and_tensor_types_are_those_of_the_gguf_package() -> None:
         if t.name != "GUESSED"
     }
     assert labels == ggml_types.FILE_TYPES
+
+
+NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+VECTORS: dict[str, tuple[int, ...]] = {
+    "output_norm.weight": (256,),
+    "a scalar": (),
+    "blk.0.attn_q_norm.weight": (256, 2),
+    "blk.0.ffn_up_exps.bias": (256, 2),
+    "rope_freqs.weight": (256, 1),
+}
+
+
+@pytest.mark.parametrize("kind", ggml_types.TENSOR_TYPES)
+def test_what_llama_cpp_cannot_compute_with_is_refused_and_named(kind: int, tmp_path: Path) -> None:
+    label, block, _ = ggml_types.TENSOR_TYPES[kind]
+    matrix = file_of(tmp_path / "m.gguf", None, [tensor("m", (256, 1), kind)])
+    if label in NO_WEIGHTS:
+        assert f"tensor 'm' of {label}, which is no type of weights" in refusal(matrix).message
+        return
+    assert read_header(matrix).tensors == 1
+    for name, shape in VECTORS.items():
+        if not shape and block > 1:
+            continue
+        vector = file_of(tmp_path / "v.gguf", None, [tensor(name, shape, kind)])
+        if label == "F32":
+            assert read_header(vector).tensors == 1
+        else:
+            error = refusal(vector)
+            assert f"tensor {name!r} of {label}, where only F32 can be used" in error.message
+            assert (error.details["tensor"], error.details["type"]) == (name, label)
 
 
 # ------------------------------------------------------------------------------------- no model

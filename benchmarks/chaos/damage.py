@@ -18,10 +18,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from pagedd_daemon.models.ggml_types import TENSOR_TYPES
+
 _EDGES = (0, 1, 2, 3, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**48, 2**63, 2**64 - 1)
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of GGUF's scalar types."""
 _STRING, _ARRAY = 8, 9
+_LONGEST = 2**18
+"""Bytes of a tensor that is moved: damaged shapes may say anything."""
+_OPTIONAL = (
+    *((b"rope_freqs.weight", 8), (b"output_norm.bias", 64), (b"blk.0.attn_q.bias", 64)),
+    *((b"blk.0.attn_output.bias", 64), (b"blk.0.ffn_gate.bias", 128), (b"blk.1.ffn_up.bias", 128)),
+)
+"""Names and lengths."""
 
 
 def _text(value: bytes) -> bytes:
@@ -107,6 +116,17 @@ class Gguf:
         head += b"".join(tensor.packed() for tensor in self.tensors)
         return head + bytes(-len(head) % 32) + self.data
 
+    def lay_out(self) -> None:
+        """Move the tensors' data to where a writer puts it: one after the other, without holes."""
+        data = b""
+        for tensor in self.tensors:
+            _, block, block_bytes = TENSOR_TYPES.get(tensor.kind, ("", 1, 4))
+            size = min(math.prod(tensor.shape) // block * block_bytes, _LONGEST)
+            old = self.data[tensor.offset : tensor.offset + size]
+            tensor.offset = len(data)
+            data += old + bytes(size - len(old)) + bytes(-size % 32)
+        self.data = data
+
     def copy(self) -> Gguf:
         """One to be damaged."""
         tensors = [replace(tensor, shape=list(tensor.shape)) for tensor in self.tensors]
@@ -123,6 +143,7 @@ class GgufDamage:
             *(self._number, self._number, self._number, self._kind, self._key, self._drop),
             *(self._array, self._string, self._shape, self._shape, self._offset, self._name),
             *(self._tensor_kind, self._dimensions, self._counts, self._preamble, self._flood),
+            self._optional,
         )
 
     def next(self) -> tuple[bytes, str]:
@@ -249,7 +270,19 @@ class GgufDamage:
         tensor.name = self._dice.choice(odd)
 
     def _tensor_kind(self, parts: Gguf) -> None:
+        """Another type; mostly with the data moved to where it is looked for then, since llama.cpp
+        refuses holes."""
         self._tensor(parts).kind = self._dice.choice((*range(42), 2**31, 2**32 - 1))
+        if self._dice.random() < 0.7:
+            parts.lay_out()
+
+    def _optional(self, parts: Gguf) -> None:
+        """A tensor more, which llama.cpp uses where it is there."""
+        dice = self._dice
+        name, length = dice.choice(_OPTIONAL)
+        shape = dice.choice(([length], [length], [length, 1], [length, 2]))
+        parts.tensors.append(_Tensor(name, shape, dice.choice((0, 0, *TENSOR_TYPES)), 0))
+        parts.lay_out()
 
     def _counts(self, parts: Gguf) -> None:
         dice = self._dice
