@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pagedd import _paths
 from pagedd.cli import _checks, _machine, _plan, _top
 from pagedd.cli._machine import Gpu
 from tests.support.cli import run
@@ -59,6 +60,36 @@ def test_what_cannot_work_is_named_with_what_to_do_and_exits_69(alone: Path) -> 
     assert failed["socket"]["advice"].startswith("Make it yours alone: chmod 700")
     assert "bad" in findings("warn")["models"]["found"]
     assert all(row["advice"] for row in (*failed.values(), *findings("warn").values()))
+
+
+def test_a_directory_of_sockets_that_is_shared_is_looked_at_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, folder = os.getuid(), tmp_path / "shared"
+    folder.mkdir()
+    monkeypatch.setattr(_paths, "SHARED_SOCKET_DIR", folder)
+    for uid, mode, said in (
+        (ours, 0o711, None),
+        (ours, 0o710, None),
+        (ours, 0o700, "cannot be entered by group"),
+        (ours, 0o733, "can be written by others"),
+        (ours + 1, 0o711, None),
+        (ours + 1, 0o770, "can be written by others than uid"),
+    ):
+        folder.chmod(mode)
+        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
+        trouble = _checks._socket_directory(folder)
+        assert (trouble is None) == (said is None), (uid, mode)
+        if trouble is not None and said is not None:
+            assert said in trouble[0]
+            assert trouble[1].endswith(".") or str(folder) in trouble[1]
+    monkeypatch.setattr(os, "getuid", lambda: ours)
+    monkeypatch.setattr(_paths, "SHARED_SOCKET_DIR", tmp_path)
+    folder.chmod(0o711)
+    assert _checks._socket_directory(folder) == (
+        f"{folder} is not yours alone",
+        f"Make it yours alone: chmod 700 {folder}",
+    )
 
 
 @pytest.mark.parametrize(

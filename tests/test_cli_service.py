@@ -187,7 +187,7 @@ def _tool(name: str) -> str:
 def _rendered(folder: Path) -> list[str]:
     """The units as files, templates with a user's name."""
     names = []
-    for name in (*_units.NAMES, "pagedd@.socket", "pagedd@.service"):
+    for name in (*_units.NAMES, *_units.SYSTEM):
         file = folder / name.replace("@.", "@root.")
         file.write_text(_units.rendered(name, ("/bin/true",)))
         names.append(str(file))

@@ -55,6 +55,21 @@ def test_a_socket_directory_can_be_given() -> None:
     assert _paths.control_socket(Path("/x")) == Path("/x/control.sock")
 
 
+def test_a_shared_daemon_is_found_where_the_user_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own, shared = tmp_path / "own/pagedd", tmp_path / "shared"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(own.parent))
+    monkeypatch.setattr(_paths, "SHARED_SOCKET_DIR", shared)
+    assert _paths.resolve_host(None) == own / "pagedd.sock"  # which an error then names
+    for folder in (shared, own):
+        folder.mkdir(parents=True)
+        (folder / "pagedd.sock").touch()
+        assert _paths.resolve_host(None) == folder / "pagedd.sock"
+    monkeypatch.setenv("PAGEDD_HOST", "unix:///env/pagedd.sock")
+    assert _paths.resolve_host(None) == Path("/env/pagedd.sock")
+
+
 def test_the_host_is_a_unix_url_given_or_from_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

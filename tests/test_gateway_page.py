@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import httpx
 import pytest
 
+import pagedd
 from kvpager import CellState
 from pagedd_http import App
-from pagedd_http.page import document
+from pagedd_http.page import document, figures
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.gateway import with_gateway
 
@@ -55,6 +58,17 @@ def test_the_page_itself_needs_no_key_and_what_it_looks_at_does(daemon: RunningD
         assert told.status_code == 200
 
     with_gateway(daemon.host, use, key_of=key_of, key_required=True)
+
+
+def test_of_a_daemon_that_others_share_the_page_shows_what_is_told() -> None:
+    class Shared:
+        async def stats(self, *, blocks: bool = False, timeout: float) -> dict[str, object]:
+            if blocks:
+                raise pagedd.RequestError("not yours", code="E_FORBIDDEN")
+            return {"steps": 7}
+
+    told = asyncio.run(figures(cast(pagedd.AsyncClient, Shared())))
+    assert told == {"steps": 7, "blocks": {}}
 
 
 def test_the_state_has_status_figures_and_every_block(daemon: RunningDaemon) -> None:

@@ -86,18 +86,30 @@ ELSEWHERE = {
     "requests_per_connection": "test_requests_of_one_connection_and_of_all",
     "requests_total": "test_requests_of_one_connection_and_of_all",
     "request_bytes_total": "test_texts_of_live_requests_share_a_budget",
+    "connections_per_user": "test_so_many_connections_may_say_hello",
     "connections": "test_so_many_connections_may_say_hello",
     "output_bytes_per_connection": "test_what_waits_for_clients_that_do_not_read",
+    "output_bytes_per_user": "test_what_waits_for_clients_that_do_not_read",
     "output_bytes_total": "test_what_waits_for_clients_that_do_not_read",
     "remembered_requests": "test_so_many_finished_requests_are_remembered",
     "remembered_bytes": "test_events_of_finished_requests_share_a_budget",
 }
+IN_SHARED = {
+    "sessions_per_user": "test_sessions_of_a_user_at_its_limit",
+    "requests_per_user": "test_requests_of_a_user_at_its_limit",
+    "request_bytes_per_user": "test_texts_of_a_user_at_its_limit",
+    "remembered_bytes_per_user": "test_remembered_events_of_a_user",
+}
+"""In `test_shared.py`, beside other users."""
 IN_TRANSPORT_SOCKETS = {"heartbeat_ms", "silence_ms"}
 """Times of libzmq's own: `test_transport_sockets.py` has a client that is stopped."""
 
 
 def test_every_limit_of_the_table_is_tested() -> None:
-    assert IN_A_MESSAGE.keys() | ELSEWHERE.keys() | IN_TRANSPORT_SOCKETS == set(names())
+    elsewhere = ELSEWHERE.keys() | IN_SHARED.keys() | IN_TRANSPORT_SOCKETS
+    assert IN_A_MESSAGE.keys() | elsewhere == set(names())
+    shared = (Path(__file__).parent / "test_shared.py").read_text()
+    assert all(f"def {test}" in shared for test in IN_SHARED.values())
     assert set(ELSEWHERE.values()) <= set(globals())
     assert "silence_ms=" in (Path(__file__).parent / "test_transport_sockets.py").read_text()
 
@@ -282,15 +294,16 @@ def test_one_that_floods_is_answered_by_its_ids_and_others_are_served(tmp_path: 
             assert "E_BUSY" in {answer.get("code") for answer in answers}
 
 
-def test_so_many_connections_may_say_hello(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["connections", "connections_per_user"])
+def test_so_many_connections_may_say_hello(tmp_path: Path, limit: str) -> None:
     with (
-        Served(tmp_path, replace(DEFAULT_LIMITS, connections=2)) as served,
+        Served(tmp_path, replace(DEFAULT_LIMITS, **{limit: 2})) as served,
         connected(tmp_path),
         Client(tmp_path) as third,
     ):
         with connected(tmp_path):
             answer = third.call("hello", app="third")
-            assert (answer["code"], answer["details"]["limit"]) == ("E_LIMIT", "connections")
+            assert (answer["code"], answer["details"]["limit"]) == ("E_LIMIT", limit)
         assert served.service.next_call() == ("closed", 2)
         assert third.call("hello", app="third")["type"] == "result"
 
@@ -308,11 +321,12 @@ def test_a_connection_that_shakes_no_hands_is_closed(tmp_path: Path) -> None:
         assert other.call("models")["type"] == "result"
 
 
+@pytest.mark.parametrize("limit", ["output_bytes_per_user", "output_bytes_total"])
 def test_what_waits_for_clients_that_do_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     """Beyond its own limit a client is paused; beyond that of all, the worst of them is closed."""
-    limits = replace(DEFAULT_LIMITS, output_bytes_per_connection=1000, output_bytes_total=2500)
+    limits = replace(DEFAULT_LIMITS, output_bytes_per_connection=1000, **{limit: 2500})
     with (
         Served(tmp_path, limits) as served,
         connected(tmp_path) as reads,

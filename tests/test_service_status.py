@@ -230,12 +230,12 @@ def test_tokens_per_second_are_those_of_the_last_ten_seconds() -> None:
 
 
 def test_finished_journals_are_forgotten_oldest_first_over_the_budget() -> None:
-    remembered = Remembered(budget_bytes=400)
+    remembered = Remembered(budget_bytes=400, per_user_bytes=400)
     journals = []
     for number in range(4):
         journal = Journal(f"r{number}")
         journal.append({"id": "", "seq": 0, "type": "result", "text": "x" * 150})
-        remembered.add(journal)
+        remembered.add(journal, uid=1)
         journals.append(journal)
     assert [journal.forgotten for journal in journals] == [True, True, False, False]
     assert remembered.size_bytes <= 400

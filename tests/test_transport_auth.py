@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from pagedd_daemon.front import router
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.auth import DOMAIN, AuthenticationBroken, Authenticator, Credentials
 from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.transport import ZmqTransport
@@ -60,7 +61,7 @@ def test_everybody_else_is_refused(request_: list[bytes]) -> None:
 
 
 def test_the_overflow_user_is_refused_even_by_its_own_daemon() -> None:
-    nobody = Authenticator(uid=65534)
+    nobody = Authenticator(Access(owner=65534))
     assert not nobody.allows(Credentials(65534, 65534, 1))
 
 

@@ -351,7 +351,7 @@ def test_a_client_that_gives_no_sign_of_life_is_closed(tmp_path: Path) -> None:
 
 
 def test_stopping_delivers_what_waits(tmp_path: Path) -> None:
-    with Client(tmp_path, RCVHWM=2) as client, Served(tmp_path) as served:
+    with Served(tmp_path) as served, Client(tmp_path, RCVHWM=2) as client:
         client.hello()
         client.ask("generate", prompt="p", max_tokens=20_000)
         assert served.service.next_call() == ("lagging", 1, True)

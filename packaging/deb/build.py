@@ -53,6 +53,15 @@ Description: share one language model among the apps of a machine
  This package computes on the CPU, through llama.cpp.
 """
 
+_POSTINST = """\
+#!/bin/sh
+set -e
+# The user of pagedd-shared.service.
+if [ "$1" = configure ] && command -v systemd-sysusers > /dev/null; then
+    systemd-sysusers pagedd.conf
+fi
+"""
+
 _COPYRIGHT = """\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: pagedd
@@ -150,12 +159,15 @@ def _documents(root: Path) -> None:
 def _service(root: Path) -> None:
     for folder, names in (
         ("usr/lib/systemd/user", _units.NAMES),
-        ("lib/systemd/system", ("pagedd@.socket", "pagedd@.service")),
+        ("lib/systemd/system", _units.SYSTEM),
     ):
         (root / folder).mkdir(parents=True)
         for name in names:
             text = _units.rendered(name, ("/usr/bin/pagedd",))
             (root / folder / name).write_text(text, encoding="utf-8")
+    users = root / "usr/lib/sysusers.d/pagedd.conf"
+    users.parent.mkdir(parents=True)
+    users.write_text(_units.SYSUSERS, encoding="utf-8")
 
 
 def _control(root: Path, arch: str) -> None:
@@ -173,6 +185,7 @@ def _control(root: Path, arch: str) -> None:
         maintainer=MAINTAINER,
     )
     (control / "control").write_text(text, encoding="utf-8")
+    (control / "postinst").write_text(_POSTINST, encoding="utf-8")
     sums = [f"{_md5(path)}  {path.relative_to(root)}\n" for path in files]
     (control / "md5sums").write_text("".join(sums), encoding="utf-8")
 
@@ -182,7 +195,7 @@ def _modes(root: Path) -> None:
     for path in root.rglob("*"):
         if path.is_symlink():
             continue
-        runs = path.is_dir() or path.parent.name == "bin"
+        runs = path.is_dir() or path.parent.name == "bin" or path.name == "postinst"
         os.chmod(path, 0o755 if runs else 0o644)
     os.chmod(root, 0o755)  # noqa: S103 - what a package is unpacked into
 

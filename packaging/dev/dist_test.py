@@ -164,7 +164,12 @@ def try_deb(package: Path) -> None:
         command.write_text(text, encoding="utf-8")
         place.run(command, "pull")
         place.stream(command)
-        for file in ("lib/systemd/system/pagedd@.service", "usr/lib/systemd/user/pagedd.socket"):
+        for file in (
+            "lib/systemd/system/pagedd@.service",
+            "lib/systemd/system/pagedd-shared.service",
+            "usr/lib/sysusers.d/pagedd.conf",
+            "usr/lib/systemd/user/pagedd.socket",
+        ):
             assert (root / file).is_file(), file
 
 

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -124,6 +125,9 @@ def running_daemon(
     *,
     load: bool = True,
     environ: Mapping[str, str] | None = None,
+    config_text: str = "",
+    user: int | None = None,
+    groups: Sequence[int] = (),
     **options: str | float,
 ) -> Iterator[RunningDaemon]:
     """``pagedd serve``, stopped by SIGTERM at the end, which it must survive with exit status 0.
@@ -132,12 +136,23 @@ def running_daemon(
         model: Name or path; with ``simulated`` the backend is the simulated one.
         load: Wait until the model serves.
         environ: Further variables of the daemon's environment.
+        config_text: Text of ``config.toml``.
+        user: Uid that it runs as, with ``groups``, and whose its folders are, which others may pass
+            through; None: ours. Needs root.
         options: Options of ``pagedd serve``: ``kv_tokens=4096`` for ``--kv-tokens 4096``.
     """
     # Socket paths hold 107 bytes, and pytest's own temporary folders are long.
     with tempfile.TemporaryDirectory(prefix="pagedd-") as name:
         folder = Path(name)
         env = environment(folder)
+        (Path(env["XDG_CONFIG_HOME"]) / "pagedd").mkdir(mode=0o700)
+        (Path(env["XDG_CONFIG_HOME"]) / "pagedd" / "config.toml").write_text(config_text)
+        identity: dict[str, Any] = {}
+        if user is not None:
+            folder.chmod(0o711)
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, user, user)
+            identity = {"user": user, "group": user, "extra_groups": groups}
         options.setdefault("backend", "simulated" if model == "simulated" else "auto")
         command = [sys.executable, "-m", "pagedd", "serve", "--model", model]
         command += ["--socket-dir", str(folder / "run")]
@@ -149,6 +164,7 @@ def running_daemon(
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            **identity,
         )
         daemon = RunningDaemon(process, folder, env)
         try:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pagedd_daemon import messages as m
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.detokenizer import PieceTable, pack_ids
 from pagedd_daemon.front.engine_link import Channel, EngineListener, Message
@@ -303,6 +304,7 @@ class Front:
         limits: Limits = DEFAULT_LIMITS,
         apps: Apps | None = None,
         source: FakeSource | None = None,
+        access: Access | None = None,
     ) -> None:
         self.clock = Clock()
         self.source = source or FakeSource()
@@ -317,6 +319,7 @@ class Front:
             default=FakeEntry(default) if default else None,
             keep_alive_s=300.0,
             apps=apps,
+            access=access,
             on_shutdown=self.shutdowns.append,
             on_defeat=self._defeat,
         )

@@ -16,6 +16,7 @@ import msgpack
 import zmq
 
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.limits import DEFAULT_LIMITS, Limits
 from pagedd_daemon.front.ports import Connection, Event
 from pagedd_daemon.front.transport import ZmqTransport
@@ -79,11 +80,15 @@ class Served:
     """A running transport; everything that touches it goes through `run` or `call`."""
 
     def __init__(
-        self, path: Path, limits: Limits = DEFAULT_LIMITS, service: RecordingService | None = None
+        self,
+        path: Path,
+        limits: Limits = DEFAULT_LIMITS,
+        service: RecordingService | None = None,
+        access: Access | None = None,
     ) -> None:
         self.path = path
         self.service = service or RecordingService()
-        self.transport = ZmqTransport(path, limits, self.service)
+        self.transport = ZmqTransport(path, limits, self.service, access=access)
         self.service.transport = self.transport
         self.loop = asyncio.new_event_loop()
         self._stopped = False

@@ -15,6 +15,9 @@ from pagedd._errors import ConnectionFailed
 DATA_SOCKET = "pagedd.sock"
 CONTROL_SOCKET = "control.sock"
 
+SHARED_SOCKET_DIR = Path("/run/pagedd-shared")
+"""Where a daemon serves that the users of a machine share. Only root makes anything in ``/run``."""
+
 MAX_SOCKET_PATH_BYTES = 107
 """``sun_path`` of a Unix socket address holds 108 bytes with the terminating zero (unix(7))."""
 
@@ -81,7 +84,7 @@ def resolve_host(host: str | None) -> Path:
 
     Args:
         host: ``unix:///path/to/pagedd.sock``; None: the environment's ``PAGEDD_HOST``, and without
-            that the default socket.
+            that the socket of the user's own daemon, or, where there is none, of a shared one.
 
     Raises:
         ConnectionFailed: ``E_HOST``: it names something that is not a Unix socket; pagedd has no
@@ -91,7 +94,9 @@ def resolve_host(host: str | None) -> Path:
     if host is None:
         host, source = os.environ.get("PAGEDD_HOST", ""), "PAGEDD_HOST"
         if not host:
-            return data_socket()
+            own, shared = data_socket(), data_socket(SHARED_SOCKET_DIR)
+            # Without the right to look, it is not there for this user.
+            return shared if os.path.exists(shared) and not os.path.exists(own) else own
     path = host.removeprefix("unix://") if host.startswith("unix://") else ""
     if not os.path.isabs(path):
         raise ConnectionFailed(

@@ -114,6 +114,7 @@ class Account:
         prompt, cached = self.prompt_tokens, self.cached_tokens
         return {
             "app": self.app,
+            "uid": self.uid,
             "program": self.program.label or None,
             "class": self.klass,
             "connections": len(self.classes),
@@ -139,7 +140,8 @@ class Accounts:
     def __init__(self) -> None:
         self._accounts: dict[tuple[int, str, str], Account] = {}
         self._opened = 0
-        self._gone = Account("", -1)
+        self._gone: dict[int, Account] = {}
+        """Counters of those that are forgotten, by user."""
 
     def open(self, uid: int, app: str, priority: str, program: Program = UNKNOWN) -> Account:
         """The account of an app that opened a connection."""
@@ -165,9 +167,10 @@ class Accounts:
         self._forget_old(now)
         return sorted(self._accounts.values(), key=lambda account: (account.app, account.uid))
 
-    def total(self, name: str) -> int:
-        """The sum of a counter over all apps since the start."""
-        return sum(getattr(a, name) for a in (self._gone, *self._accounts.values()))
+    def total(self, name: str, only: int | None = None) -> int:
+        """The sum of a counter over all apps since the start; ``only`` those of one user."""
+        accounts = (*self._gone.values(), *self._accounts.values())
+        return sum(getattr(a, name) for a in accounts if only in (None, a.uid))
 
     def counters(self) -> tuple[tuple[str, str, dict[str, int]], ...]:
         """App, program and counters of each; with empty names, those of all that are forgotten.
@@ -175,7 +178,7 @@ class Accounts:
         Users of one app and program are one.
         """
         found: dict[tuple[str, str], dict[str, int]] = {}
-        for account in (self._gone, *self._accounts.values()):
+        for account in (Account("", -1), *self._gone.values(), *self._accounts.values()):
             whose = (account.app, account.program.label)
             sums = found.setdefault(whose, dict.fromkeys(_COUNTERS, 0))
             for name in _COUNTERS:
@@ -186,5 +189,6 @@ class Accounts:
         for key, account in list(self._accounts.items()):
             if not account.classes and not account.live and account.left < now - REMEMBER_S:
                 del self._accounts[key]
+                gone = self._gone.setdefault(account.uid, Account("", account.uid))
                 for name in _COUNTERS:
-                    setattr(self._gone, name, getattr(self._gone, name) + getattr(account, name))
+                    setattr(gone, name, getattr(gone, name) + getattr(account, name))

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.accounts import Accounts
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.config import ConfigError, Settings
@@ -40,6 +40,7 @@ class Administration:
         clock: Clock,
         settings: Settings | None = None,
         changed: Callable[[Settings], None] = lambda settings: None,
+        access: Access | None = None,
     ) -> None:
         """``changed`` hears of settings that a reload has replaced."""
         self._apps = apps
@@ -49,6 +50,7 @@ class Administration:
         self._clock = clock
         self._settings = settings
         self._settings_changed = changed
+        self._access = access or Access()
         self._energy = Energy()
         self._changing = asyncio.Lock()
         """One at a time: each begins with the file as the last left it."""
@@ -65,25 +67,30 @@ class Administration:
         """Answer a request, now or later.
 
         Raises:
-            WireError: ``E_FORBIDDEN``: another user than the daemon's wants to change something.
+            WireError: ``E_FORBIDDEN``: another user than the daemon's wants to change something, or
+                to see what is of all users.
         """
+        only = self._access.view(uid)
         if isinstance(request, r.AppsList):
-            names = {*self._apps.config.apps, *(row["app"] for row in self._board.apps())}
-            result({"apps": [self._app(name) for name in sorted(names)]})
+            names = {*self._apps.config.apps, *(row["app"] for row in self._board.apps(only))}
+            result({"apps": [self._app(name, only) for name in sorted(names)]})
             return
         if isinstance(request, r.AppsShow):
-            result(self._app(request.app))
+            result(self._app(request.app, only))
             return
         if isinstance(request, (r.Stats, r.Metrics)):
             blocks = isinstance(request, r.Stats) and request.blocks
+            if blocks or isinstance(request, r.Metrics):
+                self._access.require(uid, "see what all users do")
 
             def answer() -> None:
-                work = self._stats(blocks) if isinstance(request, r.Stats) else self._metrics()
+                stats = isinstance(request, r.Stats)
+                work = self._stats(blocks, only) if stats else self._metrics()
                 self._later(work, request.id, reply, result)
 
             self._board.fresh(answer, blocks=blocks)
             return
-        if uid != os.geteuid():
+        if not self._access.administers(uid):
             raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
         change = self._set_app(request) if isinstance(request, r.AppsSet) else self._reload_map()
         self._later(change, request.id, reply, result)
@@ -106,16 +113,18 @@ class Administration:
         log.info("settings read again: %s", changes.sentence())
         return changes
 
-    def _app(self, name: str) -> dict[str, Any]:
-        """An app's settings, and who is connected under its name."""
-        connected = [row for row in self._board.apps() if row["app"] == name]
+    def _app(self, name: str, only: int | None = None) -> dict[str, Any]:
+        """An app's settings, and who is connected under its name; ``only`` of one user."""
+        connected = [row for row in self._board.apps(only) if row["app"] == name]
         return {**self._apps.described(name), "connected": connected}
 
-    async def _stats(self, blocks: bool) -> dict[str, Any]:
-        stats = self._board.stats()
+    async def _stats(self, blocks: bool, only: int | None) -> dict[str, Any]:
+        stats = self._board.stats(only)
         if blocks:
             stats["blocks"] = self._board.blocks
-        joules = {} if self._energy.silent else await asyncio.to_thread(self._energy.read)
+        # A meter of the whole machine tells of others' work, too.
+        told = only is None and not self._energy.silent
+        joules = await asyncio.to_thread(self._energy.read) if told else {}
         return {**stats, "energy_joules": dict(joules)}
 
     async def _metrics(self) -> dict[str, Any]:

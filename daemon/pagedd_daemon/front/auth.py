@@ -7,18 +7,23 @@ frame, ``localhost:uid:gid:pid``. They come back as ``User-Id`` on every frame o
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
-from collections.abc import Sequence
+import socket
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import zmq
 
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.zmqloop import Watched, monitor, monitor_events
 
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 DOMAIN = b"pagedd"
-OVERFLOW_UID = 65534
-"""In a user namespace every user from outside appears as this one: it names nobody."""
+_SO_PEERGROUPS = 59
+"""asm-generic/socket.h, Linux 4.13; Python has no name for it."""
+_SOME_GROUPS = 64
 
 
 class AuthenticationBroken(Exception):  # noqa: N818
@@ -48,10 +53,17 @@ class Credentials:
 
 
 class Authenticator:
-    """Decides on each connection. Per-user mode: the daemon's own user alone."""
+    """Decides on each connection."""
 
-    def __init__(self, uid: int | None = None) -> None:
-        self.uid = os.geteuid() if uid is None else uid
+    def __init__(
+        self,
+        access: Access | None = None,
+        crowded: Callable[[int], bool] = lambda uid: False,
+    ) -> None:
+        """``access``: whom the daemon serves; None: its own user alone. ``crowded``: whether a user
+        has so many connections that there is no room for another one."""
+        self._access = access or Access()
+        self._crowded = crowded
         self.refused_pids: set[int] = set()
         """Refused whatever their user: what the self-test uses."""
         self.refusals = 0
@@ -70,18 +82,47 @@ class Authenticator:
         except ValueError:
             return self._refuse(request_id, b"400", b"no credentials")
         if host != "localhost" or not self.allows(peer):
-            return self._refuse(request_id, b"400", b"not this user's daemon")
+            return self._refuse(request_id, b"400", b"not a user of this daemon")
+        if self._crowded(peer.uid):
+            return self._refuse(request_id, b"300", b"too many connections of this user")
         return [b"1.0", request_id, b"200", b"OK", str(peer).encode(), b""]
 
     def allows(self, peer: Credentials) -> bool:
         """Whether this peer may connect."""
-        return (
-            peer.uid == self.uid and peer.uid != OVERFLOW_UID and peer.pid not in self.refused_pids
-        )
+        return self._access.admits(peer.uid) and peer.pid not in self.refused_pids
 
     def _refuse(self, request_id: bytes, status: bytes, text: bytes) -> list[bytes]:
         self.refusals += 1
         return [b"1.0", request_id, status, text, b"", b""]
+
+
+def peer_uid(connection_fd: int) -> int | None:
+    """The user at the other end of a connection that stays libzmq's; None if it has ended."""
+    try:
+        with socket.socket(fileno=os.dup(connection_fd)) as sock:
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return None
+    _, uid, _ = struct.unpack("3i", raw)
+    return int(uid)
+
+
+def peer_groups(connection_fd: int) -> frozenset[int]:
+    """The groups that the peer had beside its own when it connected; none if it has ended.
+
+    `socket.getsockopt` gives at most 1,024 bytes, and directories of users may have more groups.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = ctypes.c_uint(4 * _SOME_GROUPS)
+    while True:
+        found = (ctypes.c_uint32 * (size.value // 4))()
+        before = size.value
+        if not libc.getsockopt(
+            connection_fd, socket.SOL_SOCKET, _SO_PEERGROUPS, found, ctypes.byref(size)
+        ):
+            return frozenset(found[: size.value // 4])
+        if size.value <= before:  # any error but ERANGE, which says how large it must be
+            return frozenset()
 
 
 def protect(sock: zmq.Socket[bytes], handshake_ms: int) -> None:

@@ -19,6 +19,7 @@ from pagedd_daemon.front.models import Lease
 from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.requests import Generation, Request
 from pagedd_daemon.front.sessions import Sessions
+from pagedd_daemon.front.tally import Tally
 
 FORESEEN = 1024
 """Cancelled requests of a connection that may still come: more than can wait in its queues."""
@@ -95,9 +96,9 @@ class Calls:
         """``send`` is where events sent again go."""
         self._limits = limits
         self._send = send
-        self._remembered = Remembered(limits.remembered_bytes)
-        self._live = 0
-        self._asked_bytes = 0
+        self._remembered = Remembered(limits.remembered_bytes, limits.remembered_bytes_per_user)
+        self._live = Tally()
+        self._asked_bytes = Tally()
         """Of all live requests."""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -117,9 +118,11 @@ class Calls:
         Raises:
             WireError: ``E_BUSY``.
         """
+        uid = peer.connection.uid
         for live, limit in (
             (len(peer.live), "requests_per_connection"),
-            (self._live, "requests_total"),
+            (self._live.total, "requests_total"),
+            (self._live.of(uid), "requests_per_user"),
         ):
             at_most = getattr(self._limits, limit)
             if live >= at_most:
@@ -128,13 +131,18 @@ class Calls:
                     f"{live} requests are live, the limit is {at_most}",
                     details={"limit": limit, "value": live, "max": at_most},
                 )
-        asked, at_most = self._asked_bytes + _size(request), self._limits.request_bytes_total
-        if asked > at_most:
-            raise WireError(
-                "E_BUSY",
-                f"the texts of live requests would have {asked} bytes, the limit is {at_most}",
-                details={"limit": "request_bytes_total", "value": asked, "max": at_most},
-            )
+        size = _size(request)
+        for asked, limit in (
+            (self._asked_bytes.total + size, "request_bytes_total"),
+            (self._asked_bytes.of(uid) + size, "request_bytes_per_user"),
+        ):
+            at_most = getattr(self._limits, limit)
+            if asked > at_most:
+                raise WireError(
+                    "E_BUSY",
+                    f"the texts of live requests would have {asked} bytes, the limit is {at_most}",
+                    details={"limit": limit, "value": asked, "max": at_most},
+                )
 
     def answered_before(self, peer: Peer, request: Request) -> bool:
         """Whether the request is a resend. If so, what it was answered with is sent again.
@@ -164,22 +172,22 @@ class Calls:
     def add(self, peer: Peer, call: Call) -> None:
         """A request begins."""
         peer.live[call.id] = call
-        self._live += 1
-        self._asked_bytes += call.size
+        self._live.add(call.connection.uid, 1)
+        self._asked_bytes.add(call.connection.uid, call.size)
         self._idle.clear()
 
     def over(self, call: Call) -> None:
         """A request is over: remember its events for a while."""
-        self._live -= 1
-        self._asked_bytes -= call.size
-        if not self._live:
+        self._live.add(call.connection.uid, -1)
+        self._asked_bytes.add(call.connection.uid, -call.size)
+        if not self._live.total:
             self._idle.set()
         peer = self.peers.get(call.connection)
         if peer is None:
             return
         del peer.live[call.id]
         peer.answered[call.id] = Answered(_digest(call.request), call.journal)
-        self._remembered.add(call.journal)
+        self._remembered.add(call.journal, call.connection.uid)
         if len(peer.answered) > self._limits.remembered_requests:
             oldest = peer.answered.pop(next(iter(peer.answered)))
             self._remembered.forget(oldest.journal)

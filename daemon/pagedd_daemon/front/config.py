@@ -90,6 +90,10 @@ class Settings:
     write_through: bool = True
     """Whether full blocks of live sequences are kept in the RAM tier too, for the next engine. Not
     a setting: what it costs is measured by turning it off."""
+    shared: bool = False
+    """Whether other users of the machine are served too."""
+    group: str | None = None
+    """Of those, only members of this group; None: everybody who may enter ``socket_dir``."""
     pinned: frozenset[str] = frozenset()
     """Fields that the command line gave: a reload of the file leaves them as they are."""
     simulated_step_us: int = 1000
@@ -107,6 +111,8 @@ class Settings:
             raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(f"KV type must be {' or '.join(KV_DTYPES)}, not {self.kv_dtype!r}")
+        if self.group is not None and not self.shared:
+            raise ConfigError(f"group {self.group!r} is given, and the daemon is not shared")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"unknown log level {self.log_level!r}")
         for name in (

@@ -149,6 +149,13 @@ class ServeSettings(Table):
     """How long a model stays loaded after its last request, unless the request says otherwise."""
     drain: Annotated[_Duration, About("seconds", shown=_DURATION, default="30s")] = 30.0
     """How long streams may go on after SIGTERM or `pagedd shutdown`."""
+    shared: Annotated[bool, About("", "restart", "`true` or `false`")] = False
+    """Serve the other users of the machine too, each apart from the others. Settings of apps are
+    then for the app of that name of every user."""
+    group: Annotated[
+        Annotated[str, Field(min_length=1)] | None, About("", "restart", shown="name of a group")
+    ] = None
+    """Of a shared daemon: whom it serves. Without a group, everybody on the machine."""
     log_level: Annotated[_Level, About("", shown="`debug`, `info`, `warning` or `error`")] = "info"
     """What goes to the log. Prompts are written at no level."""
 
@@ -164,6 +171,8 @@ class ServeSettings(Table):
             "context_tokens": self.context,
             "keep_alive_s": self.keep_alive,
             "drain_s": self.drain,
+            "shared": self.shared,
+            "group": self.group,
             "log_level": self.log_level,
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgpack
 
 from pagedd_daemon.front.ports import Event
+from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.link import values
 
 _BATCH = 128
@@ -79,26 +80,40 @@ class Journal:
 
 
 class Remembered:
-    """The journals of finished requests of all connections, within one budget of bytes."""
+    """The journals of finished requests of all connections, within a budget of bytes for each user
+    and one for all."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, per_user_bytes: int) -> None:
         self._budget = budget_bytes
-        self._journals: dict[Journal, None] = {}
-        self.size_bytes = 0
+        self._per_user = per_user_bytes
+        self._owners: dict[Journal, int] = {}
+        self._journals: dict[int, dict[Journal, None]] = {}
+        """Of each user, oldest first."""
+        self._bytes = Tally()
 
-    def add(self, journal: Journal) -> None:
-        """Keep a finished journal; the oldest are forgotten where the budget is passed."""
+    @property
+    def size_bytes(self) -> int:
+        """Of all users."""
+        return self._bytes.total
+
+    def add(self, journal: Journal, uid: int) -> None:
+        """Keep a finished journal of a user; where a budget is passed, the oldest of who has most
+        are forgotten."""
         journal.pack()
-        self._journals[journal] = None
-        self.size_bytes += journal.size_bytes
-        while self.size_bytes > self._budget:
-            self.forget(next(iter(self._journals)))
+        self._owners[journal] = uid
+        self._journals.setdefault(uid, {})[journal] = None
+        self._bytes.add(uid, journal.size_bytes)
+        while self._bytes.of(uid) > self._per_user or self._bytes.total > self._budget:
+            self.forget(next(iter(self._journals[self._bytes.most()])))
 
     def forget(self, journal: Journal) -> None:
         """Drop a journal's events, whether they were kept until now or not."""
-        if journal in self._journals:
-            del self._journals[journal]
-            self.size_bytes -= journal.size_bytes
+        uid = self._owners.pop(journal, None)
+        if uid is not None:
+            del self._journals[uid][journal]
+            if not self._journals[uid]:
+                del self._journals[uid]
+            self._bytes.add(uid, -journal.size_bytes)
         journal.forget()
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -61,17 +61,32 @@ class Limits:
     tools: int = _limit(256, "Tools of one chat.")
     embed_inputs: int = _limit(128, "Texts of one `embed`.")
     sessions_per_connection: int = _limit(64, "Open sessions of one connection.")
+    sessions_per_user: int = _limit(4096, "Open sessions of one user.")
     sessions_total: int = _limit(4096, "Open sessions of all connections.")
     requests_per_connection: int = _limit(256, "Requests of one connection that are not over.")
+    requests_per_user: int = _limit(4096, "Requests of one user that are not over.")
     requests_total: int = _limit(4096, "Requests of all connections that are not over.")
+    request_bytes_per_user: int = _limit(
+        256 * 2**20, "Bytes of prompts, token ids and messages of one user's such requests."
+    )
     request_bytes_total: int = _limit(
         256 * 2**20, "Bytes of prompts, token ids and messages of all requests that are not over."
+    )
+    connections_per_user: int = _limit(
+        1024,
+        "Connections of one user that have said hello; where others share the daemon, also "
+        "connections of one user on each socket, hello or not.",
     )
     connections: int = _limit(1024, "Connections that have said hello.")
     output_bytes_per_connection: int = _limit(
         2**20,
         "Bytes waiting for a client that does not read, before its requests are paused and new "
         "ones refused (`E_SLOW`).",
+    )
+    output_bytes_per_user: int = _limit(
+        64 * 2**20,
+        "Bytes waiting for all clients of one user; beyond it, which of them has most waiting is "
+        "disconnected.",
     )
     output_bytes_total: int = _limit(
         64 * 2**20,
@@ -80,12 +95,35 @@ class Limits:
     remembered_requests: int = _limit(
         64, "Finished requests of one connection whose events can be sent again."
     )
+    remembered_bytes_per_user: int = _limit(
+        16 * 2**20, "Bytes of events of one user's finished requests."
+    )
     remembered_bytes: int = _limit(
         16 * 2**20, "Bytes of events of finished requests, of all connections together."
     )
 
 
 DEFAULT_LIMITS = Limits()
+
+USERS = 4
+"""Where several users share a daemon, each may take this part of what all may: no user at a limit
+keeps another from being served, and a few who are, a fifth."""
+
+_TOTALS = {
+    "sessions_per_user": "sessions_total",
+    "requests_per_user": "requests_total",
+    "request_bytes_per_user": "request_bytes_total",
+    "connections_per_user": "connections",
+    "output_bytes_per_user": "output_bytes_total",
+    "remembered_bytes_per_user": "remembered_bytes",
+}
+"""What one user may take, and what all may."""
+
+
+def for_several_users(limits: Limits = DEFAULT_LIMITS) -> Limits:
+    """The limits of a daemon that several users share."""
+    parts = {name: getattr(limits, total) // USERS for name, total in _TOTALS.items()}
+    return replace(limits, **parts)
 
 
 def as_map(limits: Limits) -> dict[str, int]:
@@ -100,10 +138,13 @@ def names() -> tuple[str, ...]:
 
 def markdown(limits: Limits = DEFAULT_LIMITS) -> str:
     """The limits as a Markdown table."""
-    rows = (
-        f"| `{f.name}` | {getattr(limits, f.name):,} | {f.metadata['meaning']} |"
-        for f in fields(limits)
-    )
+    shared = for_several_users(limits)
+
+    def value(name: str) -> str:
+        alone, part = getattr(limits, name), getattr(shared, name)
+        return f"{alone:,}" if part == alone else f"{alone:,}; shared: {part:,}"
+
+    rows = (f"| `{f.name}` | {value(f.name)} | {f.metadata['meaning']} |" for f in fields(limits))
     return "\n".join(("| limit | value | meaning |", "|---|---|---|", *rows))
 
 

@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pagedd_daemon.front.access import Access
+
 LOCK_NAME = "pagedd.lock"
 DATA_NAME = "pagedd.sock"
 CONTROL_NAME = "control.sock"
@@ -67,18 +69,25 @@ class SocketPathError(Exception):
 class SocketDirectory:
     """The directory, held by a lock for as long as this object is open."""
 
-    def __init__(self, path: Path, inherited: Mapping[str, socket.socket] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        inherited: Mapping[str, socket.socket] | None = None,
+        access: Access | None = None,
+    ) -> None:
         """Takes the directory, which is created if need be.
 
         Args:
             path: The directory.
             inherited: Sockets that listen there already, made by the service manager.
+            access: Who may enter it; None: we alone.
 
         Raises:
             AlreadyRunning: Another daemon holds it.
             SocketPathError: It is not a directory of ours that is closed to everybody else.
         """
         self.path = path
+        self._access = access or Access()
         self._ours: dict[str, tuple[int, int]] = {}
         """Name -> device and inode of the socket we have there."""
         self._made = 0
@@ -86,11 +95,12 @@ class SocketDirectory:
         """Those that were not asked for yet."""
         self._managed: set[str] = set()
         """Names whose first socket is the service manager's."""
-        _check_directory(path)
+        _check_directory(path, self._access)
         self._lock_fd = _lock(path / LOCK_NAME)
 
     def listen(self, name: str, backlog: int) -> socket.socket:
-        """A listening socket ``name``, mode 0600, in place of a stale one or of our own last one.
+        """A listening socket ``name`` in place of a stale one or of our own last one; of mode 0600,
+        or where the daemon is shared 0660 or 0666.
 
         Who has connected to our last one stays connected, or in its queue. The caller owns it.
 
@@ -120,6 +130,7 @@ class SocketDirectory:
             finally:
                 os.umask(before)
             sock.listen(backlog)
+            self._open_to_others(temporary)
             # libzmq accepts until it would block, and gets this very file description.
             sock.setblocking(False)
             os.rename(temporary, path)
@@ -144,6 +155,7 @@ class SocketDirectory:
             if kept.is_socket():
                 # A daemon before us ended without putting it back.
                 os.replace(kept, path)
+            self._check_manager(path)
             os.link(path, kept)
         except OSError as error:
             sock.close()
@@ -153,6 +165,24 @@ class SocketDirectory:
         assert identity is not None
         self._ours[name] = identity
         return sock
+
+    def _open_to_others(self, path: Path) -> None:
+        """Lets those connect whom we serve: opened after it was made, so never too wide."""
+        if not self._access.shared:
+            return
+        if self._access.group is not None:
+            os.chown(path, -1, self._access.group)
+        os.chmod(path, 0o666 if self._access.group is None else 0o660)
+
+    def _check_manager(self, path: Path) -> None:
+        """Whoever may connect to the manager's socket is who is to be served."""
+        group, found = self._access.group, os.stat(path)
+        if group is not None and (found.st_gid != group or found.st_mode & 0o002):
+            raise SocketPathError(
+                path,
+                f"is open to others than group {group}; give the socket unit SocketGroup= and "
+                "SocketMode=0660",
+            )
 
     def close(self) -> None:
         """Removes our sockets, puts the service manager's back, and gives the directory up.
@@ -189,9 +219,10 @@ def _kept(name: str) -> str:
     return f".{name}.manager"
 
 
-def _check_directory(path: Path) -> None:
-    """Creates the directory or checks that it is ours alone."""
+def _check_directory(path: Path, access: Access) -> None:
+    """Creates the directory or checks that it is ours, and open to those whom we serve alone."""
     try:
+        fresh = not path.exists()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -200,13 +231,37 @@ def _check_directory(path: Path) -> None:
         raise SocketPathError(path, error.strerror or str(error)) from error
     try:
         found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            raise SocketPathError(path, f"belongs to user {found.st_uid}, not to us")
+        if fresh and access.shared:
+            if access.group is not None:
+                os.fchown(fd, -1, access.group)
+            os.fchmod(fd, 0o711 if access.group is None else 0o710)
+            found = os.fstat(fd)
+    except OSError as error:
+        raise SocketPathError(path, error.strerror or str(error)) from error
     finally:
         os.close(fd)
-    if found.st_uid != os.geteuid():
-        raise SocketPathError(path, f"belongs to user {found.st_uid}, not to us")
     mode = stat.S_IMODE(found.st_mode)
-    if mode & 0o077:
-        raise SocketPathError(path, f"is open to others (mode {mode:04o}); run: chmod 700 {path}")
+    if wrong := directory_trouble(mode, found.st_gid, access):
+        reason, advice = wrong
+        raise SocketPathError(path, f"{reason} (mode {mode:04o}); run: {advice} {path}")
+
+
+def directory_trouble(mode: int, gid: int, access: Access) -> tuple[str, str] | None:
+    """What is wrong with the mode and group of a socket directory, and the command that mends it
+    but for the path; None if nothing is."""
+    if not access.shared:
+        return ("is open to others", "chmod 700") if mode & 0o077 else None
+    if access.group is None:
+        if mode & 0o022:
+            return "can be written by others", "chmod 711"
+        return None if mode & 0o001 else ("cannot be entered by others", "chmod 711")
+    if gid != access.group:
+        return f"belongs to group {gid} and not to {access.group}", f"chgrp {access.group}"
+    if mode & 0o027:
+        return f"is open to others than group {gid}", "chmod 710"
+    return None if mode & 0o010 else (f"cannot be entered by group {gid}", "chmod 710")
 
 
 def _lock(path: Path) -> int:

@@ -37,8 +37,11 @@ class _Pinned:
 class Pins:
     """All pinned sessions of the daemon."""
 
-    def __init__(self, models: Models, apps: Apps, streams: Streams) -> None:
-        """None is pinned yet."""
+    def __init__(
+        self, models: Models, apps: Apps, streams: Streams, user_share: float = 1.0
+    ) -> None:
+        """None is pinned yet. ``user_share``: of what all may hold, what one user may."""
+        self._user_share = user_share
         self._models = models
         self._apps = apps
         self._streams = streams
@@ -94,26 +97,29 @@ class Pins:
                 pinned.held = None
 
     def described(self, session: Session) -> dict[str, Any]:
-        """Whether it is pinned, its tokens, and the most that all pinned sessions may have."""
-        tokens = len(session.history.ids)
-        return {"pinned": session in self, "tokens": tokens, "max_tokens": self._most()}
+        """Whether it is pinned, its tokens, and the most that a user's pinned sessions may have."""
+        tokens, most = len(session.history.ids), self._most(self._user_share)
+        return {"pinned": session in self, "tokens": tokens, "max_tokens": most}
 
     def _drop(self, pinned: _Pinned) -> None:
         if pinned.held is not None:
             _let_go(*pinned.held)
             pinned.held = None
 
-    def _most(self) -> int | None:
-        """None while no model is loaded: its tokens are of unknown size."""
+    def _most(self, share: float = 1.0) -> int | None:
+        """What that share of all users may hold; None while no model is loaded: its tokens are of
+        unknown size."""
         model = self._models.current
-        return None if model is None else int(PINNED_SHARE * model.ready.ram_tokens)
+        return None if model is None else int(share * PINNED_SHARE * model.ready.ram_tokens)
 
     def _check(self, account: Account) -> None:
         held = {s: len(s.history.ids) for s in self._pinned}
         own = sum(n for s, n in held.items() if self._pinned[s].account is account)
+        users = sum(n for s, n in held.items() if self._pinned[s].account.uid == account.uid)
         ceiling = getattr(self._apps.settings(account), "kv_ceiling", 0)
         for limit, tokens, most in (
             ("pinned_tokens", sum(held.values()), self._most()),
+            ("pinned_tokens", users, self._most(self._user_share)),
             ("kv_ceiling", own, ceiling or None),
         ):
             if most is not None and (tokens > most or most == 0):

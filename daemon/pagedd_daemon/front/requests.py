@@ -596,4 +596,6 @@ DataRequest = (
 )
 """What the service answers on the data socket; the transport itself answers `Hello` and `Bye`."""
 
-ControlRequest = Cancel | Status | Stats | Ping | AppsList | AppsShow | AppsSet | Reload | Shutdown
+ControlRequest = (
+    Cancel | Status | Stats | Metrics | Ping | AppsList | AppsShow | AppsSet | Reload | Shutdown
+)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import zmq
 
 from pagedd_daemon.front import wire
-from pagedd_daemon.front.auth import Credentials, protect
+from pagedd_daemon.front.auth import Credentials, peer_uid, protect
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.listener import SocketPathError
 from pagedd_daemon.front.ports import Event
+from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.front.zmqloop import Watched, monitor, monitor_events
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Router:
         has_room: Callable[[], bool],
         changed: Callable[[list[int]], None],
         signalled: Callable[[], None] | None = None,
+        count_users: bool = False,
     ) -> None:
         """Makes the socket and lets clients in.
 
@@ -71,6 +73,7 @@ class Router:
             message: Called with routing id, user and frames of each message.
             changed: Called when connections came or went, with the descriptors of those that went.
             signalled: Called when there may be room to send again.
+            count_users: Whether `opened` is asked for.
 
         Raises:
             SocketPathError: Something that is not ours lies at the path.
@@ -85,6 +88,10 @@ class Router:
         self._reap_timer: asyncio.TimerHandle | None = None
         self._connections: dict[int, str] = {}
         """Descriptor of each connection -> endpoint it came over."""
+        self._count_users = count_users
+        self._users: dict[int, int] = {}
+        """Descriptor -> user, where they are counted."""
+        self._opened = Tally()
         self._held = False
         # First, since it can fail, and an open ZeroMQ socket would keep its context from ending.
         self._arrivals = listen()
@@ -154,6 +161,11 @@ class Router:
         self.drain_monitor()
         return fd in self._connections
 
+    def opened(self, uid: int) -> int:
+        """Connections of this user, whether they have said anything or not."""
+        self.drain_monitor()
+        return self._opened.of(uid)
+
     def address(self, route: bytes) -> None:
         """Starts a message; `body` must follow at once.
 
@@ -191,8 +203,13 @@ class Router:
         for event, fd, endpoint in events:
             if event == zmq.EVENT_ACCEPTED:
                 self._connections[fd] = endpoint.decode()
+                if self._count_users and (uid := peer_uid(fd)) is not None:
+                    self._users[fd] = uid
+                    self._opened.add(uid, 1)
             elif self._connections.pop(fd, None) is not None:
                 gone.append(fd)
+                if (uid := self._users.pop(fd, None)) is not None:
+                    self._opened.add(uid, -1)
         if gone:
             self._reap_later()
         if events:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import grp
 import logging
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 
 from pagedd._version import __version__
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.activation import inherited
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.auth import AuthenticationBroken
@@ -32,7 +34,7 @@ from pagedd_daemon.front.config_file import load
 from pagedd_daemon.front.config_model import ConfigFile
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import HelperError, HelperPool
-from pagedd_daemon.front.limits import DEFAULT_LIMITS
+from pagedd_daemon.front.limits import DEFAULT_LIMITS, for_several_users
 from pagedd_daemon.front.listener import AlreadyRunning, SocketPathError
 from pagedd_daemon.front.notify import Notifier
 from pagedd_daemon.front.service import FrontService
@@ -165,18 +167,24 @@ class Server:
             return _refuse(Exit.CONFIG, f"the store of prefixes cannot be used: {error}")
         apps = Apps(config, settings.config_file, key)
         try:
+            access = _access(settings)
+        except ConfigError as error:
+            return _refuse(Exit.CONFIG, str(error))
+        limits = for_several_users() if access.shared else DEFAULT_LIMITS
+        try:
             default = await source.default()
         except WireError as error:
             return _refuse(Exit.NO_INPUT, error.message)
         self._service = FrontService(
             source,
             self._loop,
-            DEFAULT_LIMITS,
+            limits,
             version=__version__,
             default=default,
             keep_alive_s=settings.keep_alive_s,
             apps=apps,
             settings=settings,
+            access=access,
             on_settings=self._settings_changed,
             on_shutdown=self._asked_to_stop,
             on_defeat=self._defeated,
@@ -188,7 +196,7 @@ class Server:
                 "Computing on the CPU."
             )
         self._transport = ZmqTransport(
-            settings.socket_dir, DEFAULT_LIMITS, self._service, self._inherited
+            settings.socket_dir, limits, self._service, self._inherited, access
         )
         self._service.transport = self._transport
         try:
@@ -211,7 +219,10 @@ class Server:
         gc.collect()
         gc.freeze()  # a full collection of what start-up made takes 4 ms; none after this
         gc.set_threshold(50_000, 20, 50)  # tokens make no cycles: no search every 700 of them
-        log.info("pagedd %s serves in %s", __version__, settings.socket_dir)
+        whom = ""
+        if access.shared:
+            whom = f", for group {settings.group}" if settings.group else ", for all users"
+        log.info("pagedd %s serves in %s%s", __version__, settings.socket_dir, whom)
         return Exit.OK
 
     async def _shutdown(self) -> None:
@@ -249,6 +260,21 @@ def _inherited(settings: Settings) -> Mapping[str, socket.socket]:
             f"{settings.socket_dir}: give both the same directory"
         )
     return found.sockets
+
+
+def _access(settings: Settings) -> Access:
+    """Whom to serve.
+
+    Raises:
+        ConfigError: There is no such group.
+    """
+    group: int | None = None
+    if settings.group is not None:
+        try:
+            group = grp.getgrnam(settings.group).gr_gid
+        except KeyError:
+            raise ConfigError(f"there is no group {settings.group!r} on this machine") from None
+    return Access(settings.shared, group)
 
 
 _ADVICE = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.accounts import Accounts
 from pagedd_daemon.front.administration import Administration, AdminRequest
 from pagedd_daemon.front.apps import Apps
@@ -23,16 +24,18 @@ from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.failover import Deaths
 from pagedd_daemon.front.gate import Gate
-from pagedd_daemon.front.limits import Limits
+from pagedd_daemon.front.limits import USERS, Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
 from pagedd_daemon.front.models import Lease, Model, Models, State
 from pagedd_daemon.front.pins import Pins
 from pagedd_daemon.front.ports import Connection, Event, Transport
-from pagedd_daemon.front.sessions import Session, Sessions, Turn
+from pagedd_daemon.front.sessions import Sessions, Turn
 from pagedd_daemon.front.status import Board
 from pagedd_daemon.front.streams import Stream, Streams, check_ids
+from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.front.watchdog import Watchdog
 from pagedd_daemon.messages import Snapshot, StepReport
+from pagedd_daemon.models.registry import looks_like_path
 
 log = logging.getLogger("pagedd.service")
 
@@ -63,14 +66,16 @@ class FrontService:
         keep_alive_s: float = 300.0,
         apps: Apps | None = None,
         settings: Settings | None = None,
+        access: Access | None = None,
         on_settings: Callable[[Settings], None] = lambda settings: None,
         on_shutdown: Callable[[bool], None],
         on_defeat: Callable[[], None] = lambda: None,
         engine_deaths: int = 5,
     ) -> None:
-        """``on_settings`` hears of settings that a reload replaced; ``on_shutdown`` of a client
-        that asked the daemon to end, and whether to drain; ``on_defeat`` when ``engine_deaths``
-        engines have died within a minute and there is no other way to compute."""
+        """``access``: whom the daemon serves; None: its own user. ``on_settings`` hears of settings
+        that a reload replaced; ``on_shutdown`` of a client that asked the daemon to end, and
+        whether to drain; ``on_defeat`` when ``engine_deaths`` engines have died within a minute and
+        there is no other way to compute."""
         self._source = source
         self._clock = clock
         self._limits = limits
@@ -78,10 +83,11 @@ class FrontService:
         self._version = version
         self._on_shutdown = on_shutdown
         self._apps = apps or Apps()
+        self._access = access or Access()
         self._calls = Calls(
             limits, lambda connection, event: self.transport.send(connection, event)
         )
-        self._sessions_open: set[Session] = set()
+        self._sessions_open = Tally()
         self._tasks: set[asyncio.Task[None]] = set()
         self.models = Models(
             source,
@@ -101,12 +107,21 @@ class FrontService:
             self.models, clock, self._apps, self._stream_over, self.watchdog.watch
         )
         self._embeddings = Embeddings(self._apps, self._result, self._fail)
-        self._pins = self._streams.pins = Pins(self.models, self._apps, self._streams)
+        user_share = 1 / USERS if self._access.shared else 1.0
+        self._pins = Pins(self.models, self._apps, self._streams, user_share)
+        self._streams.pins = self._pins
         self.board = Board(
             self.models, self._streams, self._accounts, self._apps, clock, version, self.watchdog
         )
         self.administration = Administration(
-            self._apps, self._accounts, self.models, self.board, clock, settings, on_settings
+            self._apps,
+            self._accounts,
+            self.models,
+            self.board,
+            clock,
+            settings,
+            on_settings,
+            self._access,
         )
 
     # ------------------------------------------------------------ life of the daemon
@@ -194,12 +209,14 @@ class FrontService:
         if isinstance(request, r.Cancel):
             result({"cancelled": self._cancel(uid, request, connection)})
         elif isinstance(request, r.Status):
-            self.board.fresh(lambda: result(self.board.status()))
+            only = self._access.view(uid)
+            self.board.fresh(lambda: result(self.board.status(only)))
         elif isinstance(request, r.Ping):
             result(self.board.ping())
         elif isinstance(request, AdminRequest):
             self.administration.answer(uid, request, reply, result)
         else:
+            self._access.require(uid, "end it")
             result({})
             self._on_shutdown(request.drain)
 
@@ -371,6 +388,9 @@ class FrontService:
         Raises:
             WireError: ``E_NO_MODEL``.
         """
+        uid = call.connection.uid
+        if self._access.view(uid) is not None:
+            keep_alive_s = None  # how long it stays is felt by all
         call.lease = Lease(
             lambda model: self._guard(call, lambda: use(model)),
             lambda error: self._fail(call, error),
@@ -381,6 +401,9 @@ class FrontService:
             self.models.acquire(call.lease, entry)
         else:
             assert name is not None
+            if looks_like_path(name):
+                # What is there, and whether it harms, would be its own user's question to ask.
+                self._access.require(uid, "have a file loaded by its path")
             self._later(call, self._find_model(call, name))
 
     async def _find_model(self, call: Call, name: str) -> None:
@@ -424,9 +447,11 @@ class FrontService:
         elif isinstance(request, r.Models):
             self._later(call, self._list(call))
         elif isinstance(request, r.Load):
+            self._access.require(call.connection.uid, "have a model loaded")
             name = request.model or (self._default.name if self._default else None)
             self._with_model(call, name, lambda m: self._loaded(call, m), request.keep_alive)
         else:
+            self._access.require(call.connection.uid, "have the model unloaded")
             self.models.unload(lambda name: self._result(call, {"unloaded": name}))
 
     def _generate(self, peer: Peer, stream: Stream, request: r.Generation) -> None:

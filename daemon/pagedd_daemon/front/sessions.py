@@ -21,6 +21,7 @@ from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Rendered, Timer
 from pagedd_daemon.front.models import Model
 from pagedd_daemon.front.pins import Pins
+from pagedd_daemon.front.tally import Tally
 
 TTL_S = 24 * 3600.0
 """Seconds a session lives after it was last used, unless its app says otherwise: an agent that was
@@ -139,9 +140,9 @@ class Sessions:
         clock: Clock,
         account: Account,
         pins: Pins,
-        everybodys: set[Session],
+        everybodys: Tally,
     ) -> None:
-        """``everybodys``: the open sessions of all connections."""
+        """``everybodys``: the open sessions of all connections, counted."""
         self._limits = limits
         self._everybodys = everybodys
         self._clock = clock
@@ -210,15 +211,17 @@ class Sessions:
         return self._add(fresh)
 
     def _add(self, session: Session) -> str:
+        uid = self._account.uid
         for count, name, most in (
             (len(self._sessions), "sessions_per_connection", self._limits.sessions_per_connection),
-            (len(self._everybodys), "sessions_total", self._limits.sessions_total),
+            (self._everybodys.total, "sessions_total", self._limits.sessions_total),
+            (self._everybodys.of(uid), "sessions_per_user", self._limits.sessions_per_user),
         ):
             if count >= most:
                 raise limit_error(name, count + 1, most)
         session.id = secrets.token_hex(8)
         self._sessions[session.id] = session
-        self._everybodys.add(session)
+        self._everybodys.add(uid, 1)
         self._touch(session)
         return session.id
 
@@ -244,5 +247,5 @@ class Sessions:
             session.timer.cancel()
             session.timer = None
         del self._sessions[session.id]
-        self._everybodys.discard(session)
+        self._everybodys.add(self._account.uid, -1)
         self._pins.unpin(session)

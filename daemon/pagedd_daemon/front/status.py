@@ -136,8 +136,8 @@ class Board:
             "engine_deaths": self._models.deaths.total,
         }
 
-    def status(self) -> dict[str, Any]:
-        """The result of ``status``."""
+    def status(self, only: int | None = None) -> dict[str, Any]:
+        """The result of ``status``; ``only`` with the apps of one user."""
         model = self._models.current
         return {
             "version": self._version,
@@ -146,16 +146,21 @@ class Board:
             "backend": model.ready.backend if model else None,
             "device": model.ready.device if model else None,
             "models": [self._model(model)] if model else [],
-            "apps": self.apps(),
+            "apps": self.apps(only),
             "kv": self._kv(),
             "split": self._group("split", _SPLIT),
             "sequences": self._group("sequences", _SEQUENCES),
             "requests": self._requests(),
         }
 
-    def stats(self) -> dict[str, Any]:
-        """The result of ``stats``."""
-        total = self._accounts.total
+    def stats(self, only: int | None = None) -> dict[str, Any]:
+        """The result of ``stats``; ``only`` with what one user asked and got. What the engine
+        counts is of all users, and says when another's requests do what."""
+        figures = self.figures if only is None else {}
+
+        def total(name: str) -> int:
+            return self._accounts.total(name, only)
+
         return {
             "uptime_s": self._uptime_s(),
             "requests": {
@@ -171,10 +176,10 @@ class Board:
             },
             "kv": self._kv(),
             "steps": self._streams.steps,
-            "pager": dict(self.figures.get("pager", {})),
-            "memory": dict(self.figures.get("memory", {})),
-            "backend": dict(self.figures.get("backend", {})),
-            "apps": self.apps(),
+            "pager": dict(figures.get("pager", {})),
+            "memory": dict(figures.get("memory", {})),
+            "backend": dict(figures.get("backend", {})),
+            "apps": self.apps(only),
         }
 
     def metrics(self) -> Figures:
@@ -214,12 +219,14 @@ class Board:
             "expires_s": None if expires is None else round(expires, 1),
         }
 
-    def apps(self) -> list[dict[str, Any]]:
-        """One row for each app that is connected, or was a moment ago."""
+    def apps(self, only: int | None = None) -> list[dict[str, Any]]:
+        """One row for each app that is connected, or was a moment ago; ``only`` of one user."""
         now = self._clock.time()
         of_apps = self.figures.get("apps", {})
         rows = []
         for account in self._accounts.listed(now):
+            if only not in (None, account.uid):
+                continue
             row = account.row(now, of_apps.get(account.key, {}))
             row["class"] = self._settings.klass(account)
             row["weight"] = self._settings.settings(account).weight

@@ -26,7 +26,14 @@ import zmq
 
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front import wire
-from pagedd_daemon.front.auth import ZAP_ENDPOINT, Authenticator, Credentials, self_test
+from pagedd_daemon.front.access import Access
+from pagedd_daemon.front.auth import (
+    ZAP_ENDPOINT,
+    Authenticator,
+    Credentials,
+    peer_groups,
+    self_test,
+)
 from pagedd_daemon.front.errors import WireError, limit_error
 from pagedd_daemon.front.identity import UNKNOWN, Program, pin, program
 from pagedd_daemon.front.limits import Limits, as_map
@@ -41,6 +48,7 @@ from pagedd_daemon.front.listener import (
 from pagedd_daemon.front.ports import Connection, Event, Service
 from pagedd_daemon.front.rates import Rates
 from pagedd_daemon.front.router import Router, refuse_identity
+from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.front.zmqloop import Watched
 
 log = logging.getLogger(__name__)
@@ -89,8 +97,11 @@ class ZmqTransport:
         limits: Limits,
         service: Service,
         inherited: Mapping[str, socket.socket] | None = None,
+        access: Access | None = None,
     ) -> None:
-        """``inherited``: sockets of the service manager's that listen in ``socket_dir``."""
+        """``inherited``: sockets of the service manager's that listen in ``socket_dir``;
+        ``access``: whom it serves, by default the daemon's own user."""
+        self._access = access or Access()
         self._path = socket_dir
         self._inherited = inherited
         self._limits = limits
@@ -99,7 +110,7 @@ class ZmqTransport:
         # Of its own: who asks too much may still take back what was let in.
         self._control_rates = Rates(limits, time.monotonic)
         self._service = service
-        self._authenticator = Authenticator()
+        self._authenticator = Authenticator(self._access, self._crowded)
         self._peers: dict[bytes, _Peer] = {}
         """By routing id."""
         self._by_number: dict[int, _Peer] = {}
@@ -108,8 +119,11 @@ class ZmqTransport:
         self._by_pid: dict[int, tuple[int, set[_Peer]]] = {}
         """Process -> its pidfd and connections."""
         self._last_number = 0
-        self._waiting_bytes = 0
-        """Of all peers."""
+        self._waiting = Tally()
+        """Bytes that wait for peers."""
+        self._users = Tally()
+        """Connections that have said hello."""
+        self._servers: list[Router] = []
         self._dirty: list[_Peer] = []
         self._blocked: dict[_Peer, None] = {}
         """Peers whose queue in libzmq is full, longest first."""
@@ -132,7 +146,7 @@ class ZmqTransport:
             AuthenticationBroken: A connection that must be refused was let in.
         """
         self._loop = loop = asyncio.get_running_loop()
-        self._directory = SocketDirectory(self._path, self._inherited)
+        self._directory = SocketDirectory(self._path, self._inherited, self._access)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # For each client a connection and a control connection, both with a listening socket, and a
         # pidfd; twice that for the guard.
@@ -142,7 +156,6 @@ class ZmqTransport:
         self._zap.set(zmq.LINGER, 0)
         self._zap.bind(ZAP_ENDPOINT)
         self._watched_zap = Watched(loop, self._zap, self._authenticate)
-        self._servers: list[Router] = []
         try:
             backlog = self._guard.backlog
             self._data = Router(
@@ -154,6 +167,7 @@ class ZmqTransport:
                 has_room=self._has_room,
                 changed=self._data_changed,
                 signalled=self._retry,
+                count_users=self._access.shared,
             )
             self._servers.append(self._data)
             self._control = Router(
@@ -164,6 +178,7 @@ class ZmqTransport:
                 message=self._control_message,
                 has_room=self._has_room,
                 changed=self._control_changed,
+                count_users=self._access.shared,
             )
             self._servers.append(self._control)
             for name in (DATA_NAME, CONTROL_NAME):
@@ -235,7 +250,7 @@ class ZmqTransport:
     def _queue(self, peer: _Peer, packed: bytes) -> None:
         peer.waiting.append(packed)
         peer.bytes += len(packed)
-        self._waiting_bytes += len(packed)
+        self._waiting.add(peer.connection.uid, len(packed))
         if not peer.queued:
             peer.queued = True
             self._dirty.append(peer)
@@ -265,7 +280,7 @@ class ZmqTransport:
             count, size = _batch(waiting)
             self._data.body(wire.join_events([waiting.popleft() for _ in range(count)]))
             peer.bytes -= size
-            self._waiting_bytes -= size
+            self._waiting.add(peer.connection.uid, -size)
         if not waiting:
             self._unblock(peer)
         if peer.open:
@@ -295,18 +310,24 @@ class ZmqTransport:
                 peer.bytes,
             )
             self._drop(peer)
-        elif self._waiting_bytes > self._limits.output_bytes_total:
+        elif (
+            self._waiting.total > self._limits.output_bytes_total
+            or self._waiting.of(connection.uid) > self._limits.output_bytes_per_user
+        ):
             self._relieve()
 
     def _relieve(self) -> None:
-        """Disconnects who has most waiting: many that do not read take more than the front has."""
-        peer = max(self._peers.values(), key=lambda peer: peer.bytes)
+        """Disconnects who has most waiting, of the user for whom most waits: many that do not read
+        take more than the front has."""
+        uid = self._waiting.most()
+        peers = (peer for peer in self._peers.values() if peer.connection.uid == uid)
+        peer = max(peers, key=lambda peer: peer.bytes)
         log.warning(
             "connection %d (%s) closed: %d bytes wait for it, and %d for all",
             peer.connection.number,
             peer.connection.app,
             peer.bytes,
-            self._waiting_bytes,
+            self._waiting.total,
         )
         self._drop(peer)
 
@@ -385,8 +406,13 @@ class ZmqTransport:
         fd = int(frame.get(zmq.SRCFD))
         if not self._data.is_connected(fd):
             return
-        if len(self._peers) >= self._limits.connections:
-            raise limit_error("connections", len(self._peers) + 1, self._limits.connections)
+        self._check_member(user, [frame])
+        for count, limit in (
+            (len(self._peers), "connections"),
+            (self._users.of(user.uid), "connections_per_user"),
+        ):
+            if count >= (at_most := getattr(self._limits, limit)):
+                raise limit_error(limit, count + 1, at_most)
         self._last_number += 1
         connection = Connection(
             number=self._last_number,
@@ -399,6 +425,7 @@ class ZmqTransport:
         )
         peer = _Peer(connection, route, fd, hello=hello.id)
         self._peers[route] = peer
+        self._users.add(user.uid, 1)
         self._by_number[connection.number] = peer
         self._by_token[connection.token] = peer
         self._by_fd[fd] = peer
@@ -454,7 +481,8 @@ class ZmqTransport:
         peer.open = False
         connection = peer.connection
         peer.waiting.clear()
-        self._waiting_bytes -= peer.bytes
+        self._waiting.add(connection.uid, -peer.bytes)
+        self._users.add(connection.uid, -1)
         peer.bytes = 0
         self._unblock(peer)
         del self._peers[peer.route]
@@ -520,6 +548,7 @@ class ZmqTransport:
         id = ""
         try:
             refuse_identity(route)
+            self._check_member(user, frames)
             self._count(self._control_rates, user, frames)
             message = wire.decode([frame.bytes for frame in frames], self._limits)
             request = wire.parse_control(message, self._limits)
@@ -550,6 +579,33 @@ class ZmqTransport:
         except WireError as error:
             error.id = wire.salvaged_id(frames[0].bytes if frames else b"", self._glance)
             raise
+
+    def _check_member(self, user: Credentials, frames: list[zmq.Frame]) -> None:
+        """Refuses who is not of the group that the daemon serves. The mode of the sockets keeps
+        them out before; this is for a mode that somebody has changed. (A message without frames
+        is refused for that, and by whose connection it came is not known.)
+
+        Raises:
+            WireError: ``E_FORBIDDEN``.
+        """
+        group = self._access.group
+        if group is None or not frames:
+            return
+        groups = {user.gid, *peer_groups(int(frames[-1].get(zmq.SRCFD)))}
+        if not self._access.belongs(user.uid, groups):
+            raise WireError(
+                "E_FORBIDDEN",
+                f"this daemon serves members of group {group}; uid {user.uid} is none",
+                details={"uid": user.uid, "group": group},
+            )
+
+    def _crowded(self, uid: int) -> bool:
+        """Whether a user of several has all the connections that are kept for one, and as many
+        again that have not said hello: no user can use up the descriptors of all."""
+        if not self._access.shared:
+            return False
+        most = 2 * self._limits.connections_per_user
+        return any(server.opened(uid) > most for server in self._servers)
 
     def _authenticate(self) -> None:
         for _ in range(_BATCH):

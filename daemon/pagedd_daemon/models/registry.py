@@ -100,7 +100,7 @@ class Registry:
         Simulated models are left out, unless one is the default.
         """
         entries = {entry.source: entry for entry in self._candidates()}
-        if _simulated(self.default) or _looks_like_path(self.default):
+        if _simulated(self.default) or looks_like_path(self.default):
             extra = self._named(self.default)
             if extra is not None:
                 entries.setdefault(extra.source, extra)
@@ -144,7 +144,7 @@ class Registry:
             for entry in candidates:
                 if same(name) in map(same, (entry.name, *entry.aliases)):
                     return entry
-        if _looks_like_path(name):
+        if looks_like_path(name):
             path = Path(os.path.abspath(Path(name).expanduser()))
             for entry in candidates:
                 if entry.path == path:
@@ -225,7 +225,8 @@ def _simulated(name: str) -> bool:
     return name in (SIMULATED, SIMULATED_IDS)
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether it is a path where no model is called that."""
     return os.sep in name or name.startswith("~") or name.endswith(".gguf")
 
 

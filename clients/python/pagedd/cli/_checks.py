@@ -237,22 +237,41 @@ def _socket() -> Iterator[Finding]:
         advice = "Set XDG_RUNTIME_DIR to a shorter path."
         yield Finding("socket", "fail", f"{data} is too long for a socket", advice)
         return
-    if folder.exists():
-        found = folder.stat()
-        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            advice = f"Make it yours alone: chmod 700 {folder}"
-            yield Finding("socket", "fail", f"{folder} is not yours alone", advice)
-            return
+    trouble = _socket_directory(folder) if folder.exists() else None
+    if trouble is not None:
+        yield Finding("socket", "fail", *trouble)
+        return
     try:
         with pagedd.control(timeout=5.0) as control:
             answer = control.ping()
-        yield Finding("socket", "ok", f"the daemon answers: {answer['state']}")
+        said = f"the daemon answers: {answer['state']}"
+        if folder.stat().st_uid != os.getuid():
+            said = f"the daemon that uid {folder.stat().st_uid} shares answers: {answer['state']}"
+        yield Finding("socket", "ok", said)
     except pagedd.DaemonNotRunning:
         advice = "Start it: pagedd serve; or have it started: pagedd service install"
         yield Finding("socket", "warn", f"nobody listens at {data}", advice)
     except pagedd.PageddError as error:
         advice = "See what it does: pagedd service logs"
         yield Finding("socket", "fail", f"the daemon does not answer: {error}", advice)
+
+
+def _socket_directory(folder: Path) -> tuple[str, str] | None:
+    """What is wrong with the owner or mode of the sockets' directory, and what to do."""
+    found = folder.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if found.st_uid != os.getuid():  # a daemon that somebody else shares
+        if mode & 0o022:
+            advice = "Do not use it: anybody could listen there. Tell whoever runs the daemon."
+            return f"{folder} can be written by others than uid {found.st_uid}", advice
+        return None
+    if folder != _paths.SHARED_SOCKET_DIR:
+        if mode & 0o077:
+            return f"{folder} is not yours alone", f"Make it yours alone: chmod 700 {folder}"
+        return None
+    access = daemon_module("front.access").Access(True, None if mode & 0o001 else found.st_gid)
+    wrong = daemon_module("front.listener").directory_trouble(mode, found.st_gid, access)
+    return None if wrong is None else (f"{folder} {wrong[0]}", f"Run: {wrong[1]} {folder}")
 
 
 def _group_limit() -> int | None:

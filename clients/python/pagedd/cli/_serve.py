@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from pagedd._paths import SHARED_SOCKET_DIR
 from pagedd._paths import config_file as default_config_file
 from pagedd._paths import socket_dir as default_socket_dir
 from pagedd.cli._app import EX_CONFIG, CommandError, as_json, commands
@@ -57,8 +58,11 @@ _COUNT = click.IntRange(min=0)
 @click.option(
     "--socket-dir",
     type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
-    help="Directory of the two sockets. [default: $XDG_RUNTIME_DIR/pagedd]",
+    help="Directory of the two sockets. [default: $XDG_RUNTIME_DIR/pagedd, or, shared, "
+    f"{SHARED_SOCKET_DIR}]",
 )
+@click.option("--shared", is_flag=True, help="Serve the other users of the machine too.")
+@click.option("--group", metavar="NAME", help="Of a shared daemon: members of this group alone.")
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
@@ -136,8 +140,9 @@ def serve(
     }
     try:
         values = daemon.config_file.load(path).as_settings() | given
+        where = SHARED_SOCKET_DIR if values["shared"] else default_socket_dir()
         settings = daemon.config.Settings(
-            socket_dir=socket_dir or default_socket_dir(),
+            socket_dir=socket_dir or where,
             config_file=path,
             pinned=frozenset(given),
             **values,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +81,10 @@ def ps(json_: bool, host: str | None, timeout: float) -> None:
     header = ["APP", "CLASS", "RUN", "WAIT", "KV(gpu/ram/disk)", "HIT%", "TTFT", "TOK/S"]
     header += ["WEIGHT", "SHARE%"]
     apps = [_app_row(app) for app in now["apps"]]
+    if {app["uid"] for app in now["apps"]} - {os.getuid()}:  # who looks decides for several users
+        header.append("USER")
+        for row, app in zip(apps, now["apps"], strict=True):
+            row.append(_user(app["uid"]))
     click.echo(out.table(header, apps, right=" ".join(header[2:])))
 
 
@@ -108,6 +114,13 @@ def version(json_: bool, host: str | None, timeout: float) -> None:
         out.print_json({"version": pagedd.__version__, "daemon": daemon})
     else:
         click.echo(f"pagedd {pagedd.__version__}, daemon {daemon or 'not running'}")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _app_row(app: Mapping[str, Any]) -> list[str]:

@@ -61,6 +61,12 @@ SERVICES: dict[str, Service] = {
     ),
 }
 
+SYSTEM = ("pagedd@.socket", "pagedd@.service", "pagedd-shared.service")
+"""Units for the system's manager, which packages of distributions bring."""
+
+SYSUSERS = 'u pagedd - "pagedd for several users" /var/lib/pagedd-shared\n'
+"""The user and group of ``pagedd-shared.service``, for sysusers.d(5)."""
+
 NAMES = tuple(unit for service in SERVICES.values() for unit in service.units)
 
 
