@@ -12,6 +12,10 @@ class Tally:
         self.total = 0
         self._of: dict[int, int] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anybody has anything."""
+        return bool(self._of)
+
     def add(self, uid: int, amount: int) -> None:
         """``amount`` more, or less where it is negative."""
         self.total += amount
