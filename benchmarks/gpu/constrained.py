@@ -24,12 +24,14 @@ MOST = 400
 EOG = 128_001
 
 
+def piece(token: int) -> bytes:
+    """Ids below 256 are bytes, and all others are words, which random weights do write."""
+    return bytes([token]) if token < 256 else b"w%dx" % token
+
+
 def byte_grammars(caps: Capabilities) -> Grammars:
-    """Over a vocabulary whose ids below 256 are bytes and all others words nobody writes."""
-    words = [b"w%dx" % number for number in range(256, caps.vocab_size)]
-    pieces = [bytes([value]) for value in range(256)] + words
-    for token in caps.eog_tokens:
-        pieces[token] = b""
+    """Over the vocabulary of `piece`."""
+    pieces = [b"" if n in caps.eog_tokens else piece(n) for n in range(caps.vocab_size)]
     configure = Configure(
         "torch", "", bytes(32), 0, 0, 0, 1,
         piece_lengths=pack_ids([len(piece) for piece in pieces]), pieces=b"".join(pieces),
@@ -64,7 +66,7 @@ def schema_requests(count: int, vocab: int) -> tuple[list[dict[str, object]], li
 def matched(schemas: list[dict[str, object]], requests: list[Request]) -> int:
     """How many ended by themselves with a text that matches."""
     return sum(
-        request.reason == "stop" and valid(json.loads(bytes(request.tokens)), schema)
+        request.reason == "stop" and valid(json.loads(b"".join(map(piece, request.tokens))), schema)
         for schema, request in zip(schemas, requests, strict=True)
     )
 

@@ -19,6 +19,8 @@ from pagedd_daemon.engine.grammar import Grammars
 from pagedd_daemon.params import SamplingParams, StopParams
 
 SALT = bytes(32)
+NAP_S = 0.0005
+"""Where nobody can run before a transfer ends."""
 
 
 @dataclass(slots=True)
@@ -122,8 +124,12 @@ class Loop:
 
     def turn(self) -> None:
         """One step of the engine's loop."""
-        self.engine.step(self._said)
+        stepped = self.engine.step(self._said)
         self.moments.append((time.monotonic(), self._generated))
+        if not stepped:
+            # As the engine's own loop does: threads that copy want the interpreter, and from a loop
+            # that never rests they get it every 5 ms, 250 pages in seconds.
+            time.sleep(NAP_S)
 
     def run(self) -> float:
         """Until everything that was submitted is over; the seconds it took."""
