@@ -60,7 +60,7 @@ def test_draws_from_more_than_are_sorted_are_too(
 def test_parts_go_to_the_long_sequences() -> None:
     w = world(shape_of(2, 1, 16), [(1, 5), (1, 400), (1, 0), (1, 90), (1, 16)])
     plan = DecodePlan(tile=16, warps=4, stages=2, spare=4, min_chunk=32)
-    work = division(w.batch, w.shape, plan, layer=0)
+    work, _ = division(w.batch, w.shape, plan, layer=0)
     # 511 keys in 4 parts are 128 each: four for the long one, of which none is longer than 112, and
     # one for everybody else, padding too. Sequence, row, from, to, parts, first item.
     assert work[:8, :6].tolist() == [
@@ -73,7 +73,7 @@ def test_parts_go_to_the_long_sequences() -> None:
     blocks = w.batch.block_tables[1]
     assert work[2, 6] == blocks[7], "and the blocks of a part's first tile"
     windowed = replace(w.shape, window=50)
-    assert division(w.batch, windowed, plan, layer=0)[1:4, 2:5].tolist() == [
+    assert division(w.batch, windowed, plan, layer=0)[0][1:4, 2:5].tolist() == [
         [350, 382, 2], [382, 400, 2], [0, 0, 1],
     ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_parts_go_to_the_long_sequences() -> None:
 def test_single_tokens_of_a_mixed_step_are_divided_and_prompts_are_not() -> None:
     w = world(shape_of(2, 1, 16), [(7, 40), (1, 70), (3, 0), (1, 20)])
     plan = DecodePlan(tile=16, warps=4, stages=2, spare=2, min_chunk=16)
-    work = division(w.batch, w.shape, plan, layer=0)
+    work, _ = division(w.batch, w.shape, plan, layer=0)
     assert work[:3, [0, 1, 4]].tolist() == [[1, 7, 2], [1, 7, 2], [3, 11, 1]]
     assert not work[3:, 4].any()
 
@@ -89,10 +89,13 @@ def test_single_tokens_of_a_mixed_step_are_divided_and_prompts_are_not() -> None
 def test_a_division_serves_the_layers_above_the_one_that_made_it() -> None:
     w = world(shape_of(2, 1, 16), [(1, 5), (1, 400)])
     plan = DecodePlan(tile=16, warps=4, stages=2, spare=4, min_chunk=32)
-    made = division(w.batch, w.shape, plan, layer=0)
+    made, fresh = division(w.batch, w.shape, plan, layer=0)
+    assert fresh
     w.batch.context_lens.fill_(3)
-    assert division(w.batch, w.shape, plan, layer=1) is made
-    assert division(w.batch, w.shape, plan, layer=0)[:2, 3].tolist() == [3, 3]
+    again, fresh = division(w.batch, w.shape, plan, layer=1)
+    assert again is made
+    assert not fresh
+    assert division(w.batch, w.shape, plan, layer=0)[0][:2, 3].tolist() == [3, 3]
 
 
 def test_merging_leaves_the_counters_as_they_were() -> None:

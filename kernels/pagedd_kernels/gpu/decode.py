@@ -17,7 +17,7 @@ from pagedd_kernels.plans import ROWS, DecodePlan, decode_plan, power_of_two
 
 # The width changes with what is served. Metadata lies wherever the runner packs it: neither may
 # lead to another compilation in traffic.
-_CHANGING = ["layer", "width"]
+_CHANGING = ["layer", "width", "fresh"]
 _METADATA = ["work", "tables", "values", "peaks", "totals", "counters"]
 _FIELDS = tl.constexpr(FIELDS)
 _COUNTERS = 1 << 16
@@ -75,6 +75,7 @@ def _decode(
     tables,
     layer,
     width,
+    fresh,
     stride_block,
     stride_layer,
     stride_kv,
@@ -97,7 +98,8 @@ def _decode(
     AFFINE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    begin(EARLY)
+    if fresh:
+        begin(EARLY)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     record = work + item * RECORD
@@ -107,6 +109,18 @@ def _decode(
     hi = tl.load(record + 3)
     count = tl.load(record + 4)
     first = tl.load(record + 5)
+    # Key by key, unlike prompts: as a tile of pages V would go through registers, since this
+    # product is too narrow for a tile in shared memory to be looked at in another shape.
+    if AFFINE:
+        blocks = blocks_of(tables, seq, lo, hi, width, TILE, 1, BLOCK_TOKENS, AFFINE)
+    else:
+        # Only a window may begin inside a block.
+        begun = lo % BLOCK_TOKENS if WINDOWED else 0
+        blocks = tl.load(record + _FIELDS + (begun + tl.arange(0, TILE)) // BLOCK_TOKENS)
+    # A kernel is launched early when all programs of the one before it are past their own `begin`.
+    # So whatever was written two launches ago is there, and so is the division in all layers but
+    # the one that makes it: its latency passes while the kernel before this one ends.
+    begin(EARLY)
     if count > 0:
         heads = tl.arange(0, ROWS)
         dims = tl.arange(0, PAD)
@@ -118,14 +132,6 @@ def _decode(
         total = tl.zeros([ROWS], tl.float32)
         base = kv + layer.to(tl.int64) * stride_layer + kv_head * stride_head
         factor = factor_of(scale, CAPPED)
-        # Key by key, unlike prompts: as a tile of pages V would go through registers, since this
-        # product is too narrow for a tile in shared memory to be looked at in another shape.
-        if AFFINE:
-            blocks = blocks_of(tables, seq, lo, hi, width, TILE, 1, BLOCK_TOKENS, AFFINE)
-        else:
-            # Only a window may begin inside a block.
-            begun = lo % BLOCK_TOKENS if WINDOWED else 0
-            blocks = tl.load(record + _FIELDS + (begun + tl.arange(0, TILE)) // BLOCK_TOKENS)
         for start in range(lo, hi, TILE):
             keys = start + tl.arange(0, TILE)
             inside = keys < hi
@@ -208,7 +214,7 @@ def decode_attention(
         plan = decode_plan(shape, sequences, batch.max_context, multiprocessors(device))
     if out is None:
         out = torch.empty_like(q)
-    work = division(batch, shape, plan, layer)
+    work, fresh = division(batch, shape, plan, layer)
     items = sequences + plan.spare
     places = items * shape.heads if plan.spare else 1
     values = torch.empty(places, shape.head_dim, dtype=torch.float32, device=device)
@@ -227,6 +233,7 @@ def decode_attention(
         batch.block_tables,
         layer,
         batch.block_tables.shape[1],
+        int(fresh),
         *kv.stride()[:5],
         shape.scale,
         shape.soft_cap,

@@ -104,7 +104,9 @@ def _divide(
     tl.store(at[:, None] + _FIELDS + page[None, :], block, mask=fits)
 
 
-def division(batch: StepBatch, shape: AttentionShape, plan: DecodePlan, layer: int) -> Tensor:
+def division(
+    batch: StepBatch, shape: AttentionShape, plan: DecodePlan, layer: int
+) -> tuple[Tensor, bool]:
     """How the sequences with one token in this step are divided among the programs.
 
     Adding up 256 lengths took every program of the decode kernel 3 us. The division is the same in
@@ -118,13 +120,14 @@ def division(batch: StepBatch, shape: AttentionShape, plan: DecodePlan, layer: i
         layer: Which layer asks.
 
     Returns:
-        int32 [items, `FIELDS` and some], for ``num_sequences + plan.spare`` items; the number of
-        parts is 0 where an item has nothing to do.
+        int32 [items, `FIELDS` and some], for ``num_sequences + plan.spare`` items, the number of
+        parts being 0 where an item has nothing to do; and whether the launch that makes it is the
+        last one before this.
     """
     key = (shape.window, plan.spare, plan.min_chunk, plan.tile)
     made = batch.divisions.get(key)
     if made is not None and made[0] < layer:
-        return made[1]
+        return made[1], False
     sequences = batch.num_sequences
     items = sequences + plan.spare
     # A tile may begin inside a block.
@@ -152,4 +155,4 @@ def division(batch: StepBatch, shape: AttentionShape, plan: DecodePlan, layer: i
         **overlap(work.device),
     )
     batch.divisions[key] = layer, work
-    return work
+    return work, True
