@@ -55,6 +55,12 @@ def _wrong(rounds: list[Round]) -> int:
     )
 
 
+def _first_failure(rounds: list[Round]) -> str:
+    """What a stream ended with that should not have, as the end of a note."""
+    failures = (record.failure for round_ in rounds for record in round_.records if record.failure)
+    return "".join(f"; {failure}" for failure in [next(failures, "")] if failure)
+
+
 # ------------------------------------------------------------------------------------ exactly
 
 
@@ -76,6 +82,7 @@ def simulated(report: Report, kills: int) -> None:
     killed = sum(len(round_.killed) for round_ in rounds)
     streams = sum(len(round_.records) for round_ in rounds)
     note = f"{killed} kills of the simulated engine, {streams} streams of {FIRST_TOKENS + 60}"
+    note += _first_failure(rounds)
     report.add(Row("killed: texts that differ from an undisturbed run", changed, "", "== 0", note))
 
 

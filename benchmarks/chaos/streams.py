@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -77,8 +78,13 @@ class Round:
 
 
 def engine_of(daemon: Daemon) -> psutil.Process:
-    """The engine's process."""
-    (engine,) = [p for p in daemon.processes() if "pagedd_daemon.engine" in p.cmdline()]
+    """The engine's process; processes that are just ending are none."""
+    found = []
+    for process in daemon.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one, too
+            if "pagedd_daemon.engine" in process.cmdline():
+                found.append(process)
+    (engine,) = found
     return engine
 
 
@@ -113,6 +119,24 @@ def _over(records: list[Record]) -> bool:
     return any(r.reason or r.failure for r in records)
 
 
+def _resumed(records: list[Record], since: float) -> bool:
+    return _over(records) or all(r.arrivals and r.arrivals[-1][0] > since for r in records)
+
+
+async def _served_again(client: pagedd.AsyncClient, deaths: int) -> float:
+    """When the engine after ``deaths`` others had died was known to be dead as well, and the next
+    one ready if anybody needs it.
+
+    Before that tokens still arrive that were on their way, and what is asked is asked of the dead
+    one: it would count as one more that died with the request.
+    """
+    while True:
+        ping = await client.ping()
+        if ping["engine_deaths"] > deaths and ping["state"] in ("ready", "asleep"):
+            return time.monotonic()
+        await asyncio.sleep(0.005)
+
+
 def _reached(records: list[Record], point: int) -> bool:
     return _over(records) or len(records[0].reply) >= point
 
@@ -136,25 +160,24 @@ async def play(
     With ``after``, all are cancelled once each has so many tokens more than at the last kill.
     """
     round_ = Round([Record(text) for text in texts])
-    records, moved = round_.records, asyncio.Event()
+    records, moved, deaths = round_.records, asyncio.Event(), 0
     options: pagedd.GenerateOptions = {
         "max_tokens": max_tokens,
         "temperature": 0.0,
         "ignore_eos": True,
     }
 
-    def resumed() -> bool:
-        return all(r.arrivals[-1][0] > round_.killed[-1] for r in records)
-
     async with pagedd.aconnect("chaos", host=daemon.host, timeout=300) as client:
         reads = [asyncio.ensure_future(_read(client, r, options, moved)) for r in records]
         for point in points:
-            if round_.killed:  # all have gone on: it is a whole engine that is killed again
-                await _until(moved, lambda: _over(records) or resumed())
+            if round_.killed:  # all go on in the next engine: it is a whole one that is killed
+                served = await _served_again(client, deaths)
+                await _until(moved, partial(_resumed, records, served))
             await _until(moved, partial(_reached, records, point))
             if _over(records):
                 break  # too near to its end
             pid = engine_of(daemon).pid
+            deaths = (await client.ping())["engine_deaths"]
             round_.killed.append(time.monotonic())
             os.kill(pid, how)
         if after:
@@ -162,4 +185,6 @@ async def play(
             await _until(moved, partial(_all_reached, records, wanted))
             daemon.client.cancel_requests(app="chaos")
         await asyncio.gather(*reads)
+        if round_.killed and how is signal.SIGKILL:
+            await _served_again(client, deaths)
     return round_
