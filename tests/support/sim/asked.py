@@ -206,7 +206,8 @@ class Asked:
         reason = None if end is None else end["reason"]
         by_string = end is not None and end.get("stop") is not None
         more = reason == "stop" and not by_string
-        plain = oracle.reply(self.prompt, sampling, stop, index, len(said) + more)
+        regex = self.fields.get("regex", "")
+        plain = oracle.reply(self.prompt, sampling, stop, index, len(said) + more, regex)
         promise(plain.tokens == said, self.id, index, "said", said, "and not", plain.tokens)
         if more:
             promise(plain.ended, self.id, index, "stopped where the model goes on", said)

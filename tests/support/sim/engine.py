@@ -19,6 +19,7 @@ from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.engine.tiers.opening import Disk
 from pagedd_daemon.front.engine_link import EngineListener
 from pagedd_daemon.link import FrameReader, pack, unpack
+from tests.support.sim.grammar import SimGrammars
 from tests.support.sim.loop import VirtualLoop
 
 _NAP_S = 0.002
@@ -86,6 +87,8 @@ class SimEngine:
         self._frames = FrameReader()
         self._next: asyncio.TimerHandle | None = None
         self._naps = 0
+        self._size: int | None = None
+        """Blocks that its pool shall have."""
         self._idle = True
         self._stopping = self._hung = False
         self._exited = asyncio.Event()
@@ -151,6 +154,12 @@ class SimEngine:
         self._say(None, max(now, self._last[1]) + _REAPED_S)
         if self.backend is not None:
             self.backend.close()
+
+    def resize(self, blocks: int) -> None:
+        """Other programs want its memory, or give it back."""
+        self._size = blocks
+        if self.engine is not None and self.status is None and not self._hung:
+            self._wake(max(self._loop.time(), self._now))
 
     def hang(self) -> None:
         """From now on it neither reads nor computes."""
@@ -218,6 +227,9 @@ class SimEngine:
         engine = self.engine
         if engine is None:
             return
+        size, self._size = self._size, None
+        if size is not None:
+            engine.resize(size)
         stepped = engine.step(self._say, lambda: self._dice.random() < 0.3)
         idle = not engine.has_work
         if idle and not self._idle:
@@ -254,7 +266,6 @@ class SimEngine:
         caps = replace(
             made.capabilities,
             asynchronous=plan.asynchronous,
-            constrains=False,
             disk_blocks=disk.slots,
             disk_persists=disk.persists,
         )
@@ -269,7 +280,12 @@ class SimEngine:
             clock=lambda: self._now,
             wait=self._wait,
         )
-        self.engine = Engine(self.backend, lambda: self._now, write_through=configure.write_through)
+        self.engine = Engine(
+            self.backend,
+            lambda: self._now,
+            SimGrammars(configure, caps),
+            write_through=configure.write_through,
+        )
         self._say(
             m.Ready(
                 backend=caps.name,

@@ -15,6 +15,7 @@ from pagedd_daemon.backends.base import Draw, Run, Step
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_daemon.params import BeamParams, SamplingParams, StopParams
 from tests.support.beam_search import Found, search
+from tests.support.sim.grammar import matcher
 from tests.support.simulated import EOG, VOCAB, plain_logprobs, simulated
 
 Frozen = tuple[tuple[str, object], ...]
@@ -54,13 +55,14 @@ class Oracle:
         stop: StopParams,
         index: int,
         most: int,
+        regex: str = "",
     ) -> Reply:
         """The first ``most`` tokens of a sample, or fewer where it ends before."""
         stopping = (stop.min_tokens, stop.ignore_eos, stop.stop_token_ids)
-        key = prompt, _frozen(sampling), stopping, index
+        key = prompt, _frozen(sampling), stopping, index, regex
         known = self._known.get(key, Reply((), False))
         if not known.ended and len(known.tokens) < most:
-            known = self._known[key] = self._run(prompt, known, sampling, stop, index, most)
+            known = self._known[key] = self._run(prompt, known, sampling, stop, index, most, regex)
         if len(known.tokens) > most:
             return Reply(known.tokens[:most], False, known.logprobs[:most])
         return known
@@ -81,8 +83,13 @@ class Oracle:
         stop: StopParams,
         index: int,
         most: int,
+        regex: str,
     ) -> Reply:
         said, likely = list(known.tokens), list(known.logprobs)
+        grammar = matcher(regex) if regex else None
+        if grammar is not None:
+            for token in said:
+                grammar.accept(token)
         sampler = Sampler(
             sampling,
             stop,
@@ -90,6 +97,7 @@ class Oracle:
             prompt=np.array(prompt, np.int32),
             vocab_size=VOCAB,
             eog_tokens=frozenset((EOG,)),
+            matcher=grammar,
             resumed=np.array(said, np.int32),
         )
         text = np.array([*prompt, *said], np.int32)
@@ -101,10 +109,10 @@ class Oracle:
                 return Reply(tuple(said), True, tuple(likely))
             said.append(one.token)
             likely.append(one.logprob or 0.0)
-            if len(said) >= most:
-                # Whether it would end here is drawn only where one more was asked for.
-                return Reply(tuple(said), False, tuple(likely))
             sampler.accept(one.token)
+            if sampler.complete or len(said) >= most:
+                # Whether it would end here is drawn only where one more was asked for.
+                return Reply(tuple(said), sampler.complete, tuple(likely))
             start += len(text)
             text = np.array([one.token], np.int32)
 

@@ -74,7 +74,7 @@ class Script:
             (self._commit, 1),
             (self._close, 1),
             (self._pin, 2),
-            (self._look_away, 2),
+            (self._look_away, 3),
             (self._again, 2),
             (self._other, 1),
             (self._break, 1),
@@ -135,6 +135,8 @@ class Script:
         fields = self._settings()
         if dice.random() < 0.2:
             fields["n"] = dice.randint(2, 3)
+        if dice.random() < 0.1 and not fields.keys() & {"min_tokens", "ignore_eos"}:
+            fields["regex"] = dice.choice(("(yes|no)", "[a-f]{2,9}", "[^é]{1,20}!"))
         if dice.random() < 0.1:
             fields["echo"] = True
         if dice.random() < 0.1:

@@ -46,7 +46,9 @@ class World:
         self.faults = Faults()
         self.deaths = dice.choice((0, 0, 0, 1, 1, 2, 4))
         self.step_faults = dice.random() < 0.1
-        self.bad_loads = dice.choice((0.0, 0.0, 0.0, 0.2))
+        self.bad_loads = 0.2 if dice.random() < 0.1 else 0.0
+        self.draining: asyncio.Task[None] | None = None
+        """Since somebody asked the daemon to end."""
         self.defeated = self.struck_loading = False
         self.asynchronous = dice.random() < 0.5
         self.keeps = self.asynchronous or dice.random() < 0.5
@@ -117,7 +119,7 @@ class World:
         if self.step_faults:
             faults.steps = {dice.randrange(40)}
         if dice.random() < 0.1:
-            faults.most_runs = dice.randint(3, 5)  # one request has as many
+            faults.most_runs = dice.randint(4, 6)  # one request has as many
         return faults
 
     # ------------------------------------------------------------------------------------ its life
@@ -189,9 +191,16 @@ class World:
         )
         self.clients = [self._client() for _ in range(dice.choice((1, 2, 3, 3, 5)))]
         lives = [Script(client, dice, habits).live() for client in self.clients]
+        if dice.random() < 0.2:
+            for _ in range(2):
+                self.loop.call_later(dice.expovariate(5.0), self._shrink)
+        if dice.random() < 0.1:
+            self.loop.call_later(dice.expovariate(4.0), self._shut_down)
         for _ in range(self.deaths):
             self.loop.call_later(dice.expovariate(4.0), self._strike)
         await asyncio.gather(*lives)
+        if self.draining is not None:
+            await self.draining
         for client in self.clients:
             client.check(self._allowed)
             client.hang_up()
@@ -232,6 +241,28 @@ class World:
         else:
             engine.die(self.dice.choice((-9, -11, 1)))
 
+    def _shrink(self) -> None:
+        """Another program takes memory of the pool, for a while."""
+        engines, blocks = self.source.engines, self.source.shape.kv_blocks
+        if engines:
+            fewer = self.dice.randint(2, blocks)
+            self.note(f"engine {engines[-1].pid} has {fewer} blocks")
+            self.seen["shrunk"] += 1
+            engines[-1].resize(fewer)
+            self.loop.call_later(self.dice.random() * 2.0, engines[-1].resize, blocks)
+
+    def _shut_down(self) -> None:
+        """As `pagedd_daemon.front.server` does when it is asked to."""
+        grace_s = self.dice.choice((0.0, 0.05, 1.0))
+        self.note(f"the daemon is to end within {grace_s} s")
+        self.draining = self.loop.create_task(self._drain(grace_s))
+
+    async def _drain(self, grace_s: float) -> None:
+        self.service.drain()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.service.idle(), grace_s)
+        await self.service.stop(1.0)
+
     def note(self, what: str) -> None:
         """Write down what happens."""
         self.log.append(f"{self.loop.time():.6f} {what}")
@@ -248,7 +279,9 @@ class World:
             engine = self.source.engines[-1] if self.source.engines else None
             rests = engine is None or engine.status is not None or engine.at_rest
             settled = self.service.models.state in (State.ASLEEP, State.READY)
-            if rests and settled and not self.service._streams.running:
+            # What an engine has that was stopped is gone with it, and nobody keeps books of that.
+            running = self.draining is None and self.service._streams.running
+            if rests and settled and not running:
                 return
         promise(False, "the daemon does not come to rest:", self.service.models.state)
 
@@ -267,6 +300,9 @@ class World:
         assert engine.engine is not None
         core = engine.engine
         ceiling = self.config.apps["agent"].kv_ceiling if "agent" in self.config.apps else 0
+        held = max(self.apps._interactive.values(), default=0)
+        most = self.config.unknown.interactive_samples
+        promise(held <= most, "unknown apps hold", held, "interactive samples of", most)
         running: dict[str, set[int]] = {}
         for sequence in core._scheduler.sequences():
             running.setdefault(sequence.request.app, set()).add(sequence.request.rid)
@@ -282,6 +318,7 @@ class World:
         """Whether a request may have ended with this error."""
         allowed: dict[str, bool] = {
             "E_BUSY": True,
+            "E_DRAINING": self.draining is not None,
             "E_SLOW": True,
             "E_NEVER_FITS": True,
             "E_TOO_LONG": True,
@@ -308,7 +345,8 @@ class World:
         streams, calls, models = service._streams, service._calls, service.models
         promise(not self.transport.connected, "connections are left")
         promise(not calls.peers and not calls._live and not calls._asked_bytes, "calls are left")
-        promise(not streams._by_rid and not streams._waiting, "streams are left")
+        promise(not streams._waiting, "streams wait")
+        promise(self.draining is not None or not streams._by_rid, "streams are left")
         promise(not service._embeddings.running, "embeddings are left")
         promise(not service._tasks, "tasks are left")
         promise(not service._sessions_open and not service._pins._pinned, "sessions are left")
