@@ -344,12 +344,13 @@ class World:
         service = self.service
         streams, calls, models = service._streams, service._calls, service.models
         promise(not self.transport.connected, "connections are left")
-        promise(not calls.peers and not calls._live and not calls._asked_bytes, "calls are left")
+        promise(not calls.peers and not calls._live.total, "calls are left")
         promise(not streams._waiting, "streams wait")
         promise(self.draining is not None or not streams._by_rid, "streams are left")
         promise(not service._embeddings.running, "embeddings are left")
         promise(not service._tasks, "tasks are left")
-        promise(not service._sessions_open and not service._pins._pinned, "sessions are left")
+        promise(not calls._asked_bytes.total, "texts of calls are left")
+        promise(not service._sessions_open.total and not service._pins._pinned, "sessions are left")
         promise(not self.apps._interactive, "samples are held:", self.apps._interactive)
         for line in service._gate._lines.values():
             promise(not line.waiting and not line.under_way, "somebody is at the gate")
