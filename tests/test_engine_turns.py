@@ -90,9 +90,12 @@ def test_who_waits_for_the_blocks_of_a_step_in_flight_comes_in_when_that_has_end
     assert [job.reasons for job in jobs] == [["length"]] * 3
 
 
-def test_who_waits_for_blocks_that_are_still_written_through_comes_in_when_that_has_ended() -> None:
+@pytest.mark.parametrize("polls", range(40))
+def test_who_waits_for_blocks_that_are_still_written_through_comes_in_when_that_has_ended(
+    polls: int,
+) -> None:
     world = World(3, kv_tokens=192, write_through=True)
-    world.backend.faults.delay_polls = 50
+    world.backend.faults.delay_polls = polls  # the copy ends before, while and after it asks
     app = world.app("app")
     jobs = [app.submit(prompt=160, max_tokens=2), app.submit(prompt=170, max_tokens=2)]
     world.run(60.0)

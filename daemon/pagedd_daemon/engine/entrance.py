@@ -54,11 +54,13 @@ class Entrance:
         Returns:
             Whether anybody was asked.
         """
-        ask = self.changed or (len(self._waiting) > 0 and self._turns.due())
+        ask = (
+            self.changed or self._residents.heard or (len(self._waiting) > 0 and self._turns.due())
+        )
         if not (self._residents.preempted or (ask and len(self._waiting))):
             return False
         if not pressed:
-            self.changed = False
+            self.changed = self._residents.heard = False
         walk = self._turns.walk(self._waiting, self._residents.preempted, ask=ask, pressed=pressed)
         while (candidate := walk.next()) is not None:
             refusal = self._try(candidate, now)

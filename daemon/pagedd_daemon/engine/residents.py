@@ -30,6 +30,8 @@ class Residents:
         self._held: dict[int, int] = {}
         """Of requests that have ended and whose KV is held: their sequences."""
         self._next_seq = 0
+        self.heard = False
+        """A transfer has ended that may have kept somebody out, since the caller cleared this."""
 
     def hold(self, sequence: Sequence) -> None:
         """A sequence that is over keeps its pages in a lower tier until `drop`, as one that is
@@ -56,7 +58,12 @@ class Residents:
 
     def hear(self) -> None:
         """Take over what follows from the transfers that have ended."""
+        coming, ended = self.pool.room_coming, self.pool.ended
         self.settle(self.pool.settle())
+        if self.pool.ended != ended:
+            # A block that was merely written through makes room where the copy was all that kept
+            # it. While somebody runs, who waits is asked again when that one ends.
+            self.heard |= coming or not any(s.runs for s in self.sequences.values())
 
     def settle(self, instructions: list[Instruction]) -> None:
         """Take over what the pager decided about sequences."""

@@ -256,10 +256,8 @@ class Scheduler:
     def settle(self) -> None:
         """Hear of transfers that have ended."""
         if self._pool.transfers_in_flight:
-            # Who asked before a block was merely written through would hear the same again, unless
-            # the copy was all that kept the block of somebody who has ended.
-            running = any(s.runs for s in self._residents.sequences.values())
-            changed = self._pool.room_coming or not running
+            # Who asked before a block was merely written through would hear the same again.
+            changed = self._pool.room_coming
             self._residents.hear()
             self._entrance.changed |= changed
 
