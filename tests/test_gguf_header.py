@@ -369,6 +369,18 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "rows of 33",
         lambda p: file_of(p, None, [tensor("a", (33, 32), kind=2)]),
     ),
+    "key that goes on behind a zero byte": (
+        "a metadata key with a zero byte",
+        lambda p: file_of(p, [ARCHITECTURE, entry("llama.block_count\0", 4, struct.pack("<I", 0))]),
+    ),
+    "architecture that goes on behind a zero byte": (
+        "does not name an architecture",
+        lambda p: file_of(p, [entry("general.architecture", 8, text("llama\0")), layers(0)]),
+    ),
+    "tensor's name that goes on behind a zero byte": (
+        "a tensor name with a zero byte",
+        lambda p: file_of(p, None, [tensor("a\0")]),
+    ),
     "unaligned": ("not aligned", lambda p: file_of(p, None, [tensor("a", offset=8)])),
     "name twice": (
         "twice",

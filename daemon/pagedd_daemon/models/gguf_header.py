@@ -184,7 +184,8 @@ class _Header(BoundedReader):
         digest: bytes,
     ) -> GgufHeader:
         architecture = values.get("general.architecture")
-        if not isinstance(architecture, str) or not architecture:
+        # llama.cpp reads it up to a zero byte, and with it the names of what is checked here.
+        if not isinstance(architecture, str) or not architecture or "\0" in architecture:
             self._refuse("does not name an architecture (general.architecture)")
         kind = values.get("general.type", "model")
         if kind != "model":

@@ -113,6 +113,9 @@ class BoundedReader:
 
     def _text(self, limit: int, what: str) -> str:
         raw = self._take(self._length(limit, what))
+        if b"\0" in raw:
+            # llama.cpp reads up to it, and would find what was looked for here in vain.
+            self._refuse(f"has {what} with a zero byte", {"bytes": raw[:64].hex()})
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
