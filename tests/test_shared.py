@@ -17,6 +17,8 @@ import zmq
 from pagedd_daemon import messages as m
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.access import OVERFLOW_UID, Access
+from pagedd_daemon.front.accounts import Account
+from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.auth import Authenticator, Credentials
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.journal import Journal, Remembered
@@ -407,3 +409,14 @@ def test_the_owner_of_a_daemon_of_its_own_may_do_all() -> None:
     assert access.administers(os.geteuid())
     assert access.view(os.geteuid()) is access.view(os.geteuid() + 1) is None
     access.require(os.geteuid(), "do that")
+
+
+def test_a_users_prefixes_are_found_again_after_a_restart_and_by_no_other_user() -> None:
+    key = bytes(range(32))
+
+    def root(uid: int) -> bytes:
+        """What a daemon that has just started names the pages of the user's editor by."""
+        return Apps(secret=key).message(Account("editor", uid, key="1")).root
+
+    assert root(ANN) == root(ANN)
+    assert len({root(ANN), root(BOB), root(0), root(OWNER)}) == 4

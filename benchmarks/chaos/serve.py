@@ -1,5 +1,5 @@
-"""A daemon whose engines may die as often as they like, with or without writing through, and with
-as few descriptors as it is told.
+"""A daemon whose engines may die as often as they like, with or without writing through, with as
+few descriptors as it is told, and shared with all users.
 
 None of it is a setting of `pagedd serve`: people have no use for them.
 """
@@ -27,7 +27,10 @@ def settings() -> Settings:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--no-write-through", action="store_true")
     parser.add_argument("--descriptors", type=int, default=0)
+    parser.add_argument("--shared", action="store_true")
     asked = parser.parse_args()
+    if asked.shared:
+        asked.socket_dir.chmod(0o711)  # a fresh folder, made for us alone
     if asked.descriptors:
         resource.setrlimit(resource.RLIMIT_NOFILE, (asked.descriptors, asked.descriptors))
     return Settings(
@@ -40,6 +43,7 @@ def settings() -> Settings:
         simulated_token_us=asked.token_us,
         engine_deaths=10**6,
         write_through=not asked.no_write_through,
+        shared=asked.shared,
     )
 
 
