@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.model_ports import Clock, Timer
-from pagedd_daemon.front.streams import Stream
+from pagedd_daemon.front.stream import Stream
 
 AT_ONCE = 4
 """Requests of a program on their way to the engine: enough to keep every helper busy."""

@@ -23,6 +23,7 @@ from pagedd_daemon.front.embedding import Embedding, Embeddings
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.failover import Deaths
+from pagedd_daemon.front.fitting import check_ids
 from pagedd_daemon.front.gate import Gate
 from pagedd_daemon.front.limits import USERS, Limits
 from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
@@ -31,7 +32,8 @@ from pagedd_daemon.front.pins import Pins
 from pagedd_daemon.front.ports import Connection, Event, Transport
 from pagedd_daemon.front.sessions import Sessions, Turn
 from pagedd_daemon.front.status import Board
-from pagedd_daemon.front.streams import Stream, Streams, check_ids
+from pagedd_daemon.front.stream import Stream
+from pagedd_daemon.front.streams import Streams
 from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.front.watchdog import Watchdog
 from pagedd_daemon.messages import Snapshot, StepReport
