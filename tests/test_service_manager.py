@@ -75,7 +75,6 @@ def test_a_reload_changes_what_can_be_live_and_says_what_cannot(manager: Manager
     with running_daemon(environ={"NOTIFY_SOCKET": str(manager.path)}, drain="7s") as daemon:
         manager.until("READY=1")
         path = Path(daemon.env["XDG_CONFIG_HOME"]) / "pagedd" / "config.toml"
-        path.parent.mkdir()
         path.write_text(
             '[serve]\nkeep_alive = "1h"\ndrain = "1s"\nthreads = 1\nmodel = "other"\n'
             "[apps.editor]\nweight = 3\n"
@@ -97,7 +96,6 @@ def test_a_broken_file_on_reload_keeps_what_was_and_says_so(manager: Manager) ->
     with running_daemon(environ={"NOTIFY_SOCKET": str(manager.path)}) as daemon:
         manager.until("READY=1")
         path = Path(daemon.env["XDG_CONFIG_HOME"]) / "pagedd" / "config.toml"
-        path.parent.mkdir()
         path.write_text("[apps.editor]\nweight = 3\n")
         with daemon.control() as control:
             assert control.reload()["applied"] == ["apps.editor"]
