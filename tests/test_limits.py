@@ -80,6 +80,7 @@ ELSEWHERE = {
     "frames": "test_a_message_is_one_frame",
     "handshake_ms": "test_a_connection_that_shakes_no_hands_is_closed",
     "messages_per_s": "test_a_process_sends_so_many_messages_at_once_and_a_second",
+    "messages_per_s_per_user": "test_processes_of_a_user_send_so_many_messages_together",
     "message_burst": "test_a_process_sends_so_many_messages_at_once_and_a_second",
     "sessions_per_connection": "test_sessions_of_one_connection_and_of_all",
     "sessions_total": "test_sessions_of_one_connection_and_of_all",
@@ -278,6 +279,24 @@ def test_a_process_sends_so_many_messages_at_once_and_a_second() -> None:
     rates.spend(one, 0)
     with pytest.raises(WireError):
         rates.spend(one, 0)
+
+
+def test_processes_of_a_user_send_so_many_messages_together() -> None:
+    now = 0.0
+    rates = Rates(replace(DEFAULT_LIMITS, messages_per_s_per_user=10), lambda: now)
+    for pid in range(20):
+        rates.spend(Credentials(1, 1, pid), 100)
+    with pytest.raises(WireError) as refused:
+        rates.spend(Credentials(1, 1, 99), 100)
+    assert refused.value.details == {
+        "limit": "messages_per_s_per_user", "max": 10, "burst": 20, "retry_ms": 101,
+    }  # fmt: skip
+    rates.spend(Credentials(2, 1, 100), 100)  # another user
+    now = 1.0
+    for pid in range(10):
+        rates.spend(Credentials(1, 1, pid), 100)
+    with pytest.raises(WireError):
+        rates.spend(Credentials(1, 1, 99), 100)
 
 
 def test_one_that_floods_is_answered_by_its_ids_and_others_are_served(tmp_path: Path) -> None:

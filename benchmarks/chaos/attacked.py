@@ -132,7 +132,9 @@ class _Frame:
         return self._fd
 
 
-LIMITS = replace(DEFAULT_LIMITS, messages_per_s=10**9, message_burst=10**9)
+LIMITS = replace(
+    DEFAULT_LIMITS, messages_per_s=10**9, message_burst=10**9, messages_per_s_per_user=10**9
+)
 """One process sends all of it, as fast as it can, and all of it is to be looked at."""
 
 

@@ -44,6 +44,10 @@ class Limits:
         "again for each whole 4 KiB. Further ones are refused (`E_BUSY`).",
     )
     message_burst: int = _limit(4000, "Messages of one process at once, after a silence.")
+    messages_per_s_per_user: int = _limit(
+        20_000,
+        "The same of all processes of one user, and twice as many at once, after a silence.",
+    )
     id_chars: int = _limit(64, "Characters of a request id.")
     app_chars: int = _limit(64, "Characters of an app name.")
     samples: int = _limit(16, "`n` of one request.")
@@ -123,7 +127,8 @@ _TOTALS = {
 def for_several_users(limits: Limits = DEFAULT_LIMITS) -> Limits:
     """The limits of a daemon that several users share."""
     parts = {name: getattr(limits, total) // USERS for name, total in _TOTALS.items()}
-    return replace(limits, **parts)
+    per_s = limits.messages_per_s_per_user // USERS
+    return replace(limits, **parts, messages_per_s_per_user=per_s)
 
 
 def as_map(limits: Limits) -> dict[str, int]:
