@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from pagedd_daemon.engine.work import Request
 
+_PATIENCE_S = 0.001
+"""That steps wait for a new grammar, once: most are compiled in 0.2 ms, and who misses a step waits
+for all of it."""
 _KEPT = 64
 """Compiled grammars that are kept: an app sends the same few again and again."""
 
@@ -85,17 +88,24 @@ class Grammars:
         self._kept: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
         self._waiting: list[tuple[Request, Future[Matcher]]] = []
+        self._fresh: list[Future[Matcher]] = []
+        """Of these, those that no step has waited for."""
 
     def add(self, request: Request, kind: str, text: str) -> None:
         """Compile for ``request``; `compiled` hands it out again."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammars")
-        self._waiting.append((request, self._thread.submit(self._compile, kind, text)))
+        future = self._thread.submit(self._compile, kind, text)
+        self._waiting.append((request, future))
+        self._fresh.append(future)
 
     def compiled(self) -> Iterator[tuple[Request, Matcher | GrammarError]]:
         """Requests whose grammar is compiled, or cannot be."""
         if not self._waiting:
             return
+        if self._fresh:
+            wait(self._fresh, _PATIENCE_S)
+            self._fresh.clear()
         ready = [(r, f) for r, f in self._waiting if f.done()]
         self._waiting = [(r, f) for r, f in self._waiting if not f.done()]
         for request, future in ready:

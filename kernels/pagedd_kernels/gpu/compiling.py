@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
+_MODULES = ("blocks", "gating", "inputs", "linear", "norm", "rope", "sampling", "varlen")
 THREADS = 8
 """Kernels that are compiled at the same time. Lowering and ptxas let go of the interpreter lock,
 building the program out of Python does not: more threads would wait for each other."""
@@ -39,10 +41,16 @@ class _Zeros(TorchFunctionMode):
 
 
 def know_compiler() -> None:
-    """Have Triton look at itself: every key of its cache holds a digest of its libraries, 470 MB
-    that are read once in a process. Takes none of the interpreter's time, so it may be done by a
-    thread while something else is read."""
+    """What the first launch of a process does beside compiling; for a thread, while something else
+    is read.
+
+    Triton looks at itself, since every key of its cache holds a digest of its libraries, 470 MB;
+    asks the system where the driver is; and the kernels are imported.
+    """
     triton_key()
+    for name in _MODULES:
+        importlib.import_module(f"pagedd_kernels.gpu.{name}")
+    triton.runtime.driver.active.get_current_target()
 
 
 @contextmanager
