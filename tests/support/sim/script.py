@@ -33,6 +33,7 @@ _BROKEN: tuple[dict[str, Any], ...] = (
     {"logit_bias": {300: 1.0}},
     {"model": "c"},
 )
+_AT_THE_DOOR = ("E_BUSY", "E_SLOW", "E_DRAINING")
 
 Act: TypeAlias = Callable[[], Awaitable[None]]
 
@@ -304,8 +305,13 @@ class Script:
             self.client.ask_other(asked)
 
     def _any(self) -> Asked | None:
-        sent = [asked for asked in self.client.asked.values() if asked.prompt is not None]
-        return self._dice.choice(sent) if sent else None
+        # One that was turned away at the door is not remembered: sent again, it would begin.
+        known = [
+            asked
+            for asked in self.client.asked.values()
+            if asked.prompt is not None and asked.last >= 0 and asked.code not in _AT_THE_DOOR
+        ]
+        return self._dice.choice(known) if known else None
 
     async def _break(self) -> None:
         """Ask for what must be refused."""

@@ -182,7 +182,7 @@ class World:
         self.service.transport = self.transport
         self.transport.service = self.service
         habits = Habits(
-            acts=dice.choice((2, 4, 4, 8)),
+            acts=dice.choice((3, 5, 6, 10)),
             pause_s=dice.choice((0.002, 0.02, 0.2)),
             impatient=dice.choice((0.0, 0.2, 0.6)),
             rude=dice.choice((0.0, 0.3)),
@@ -232,6 +232,9 @@ class World:
         if engine.status is not None:
             return
         current = self.service.models.current
+        if (current is None or current.down) and self.dice.random() < 0.8:
+            self.loop.call_later(0.05, self._strike)  # it is the streams that shall be struck
+            return
         self.struck_loading |= current is None or current.down
         hangs = self.dice.random() < 0.2
         self.note(f"engine {engine.pid} {'hangs' if hangs else 'dies'}")
