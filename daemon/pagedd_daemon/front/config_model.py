@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from pagedd_daemon.front.config import BACKENDS, quarter_of_memory
-from pagedd_daemon.front.requests import seconds
+from pagedd_daemon.front.fields import seconds
 
 Holds = Literal["at once", "next load", "restart"]
 
