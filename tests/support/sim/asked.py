@@ -10,10 +10,9 @@ from pagedd_daemon.front.detokenizer import unpack_ids
 from pagedd_daemon.params import SamplingParams, StopParams
 from tests.support.sim.chosen import best_of, close, searched
 from tests.support.sim.oracle import Oracle
+from tests.support.sim.transport import AT_THE_DOOR
 
 _ENDS = ("done", "error", "result")
-_REFUSED = ("E_SLOW", "E_DUPLICATE")
-"""Errors that may answer a resend and not the request itself."""
 _HIDDEN = ("tokens", "session")
 """Fields that are long, or another at each time a seed is told."""
 
@@ -80,7 +79,7 @@ class Asked:
     def hear(self, event: dict[str, Any]) -> bool:
         """Take an event; False if one before it is missing."""
         seq, kind = event["seq"], event["type"]
-        if kind == "error" and seq == 0 and self._answers_resend(event["code"]):
+        if kind == "error" and seq == 0 and self._answers_resend(event):
             return True
         if seq <= self.last:
             return True  # of a resend, which was not needed
@@ -108,11 +107,13 @@ class Asked:
             self.over.set()
         return True
 
-    def _answers_resend(self, code: str) -> bool:
+    def _answers_resend(self, event: dict[str, Any]) -> bool:
+        code = event["code"]
         if code == "E_DUPLICATE" and self.other:
             self.other -= 1
             return True
-        if code == "E_SLOW" and self.sent > 1:
+        # What the service says to it, it says again to every resend, and that is its end.
+        if code == "E_SLOW" and self.sent > 1 and event["message"] == AT_THE_DOOR:
             self.sent -= 1
             return True
         return False

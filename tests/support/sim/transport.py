@@ -23,6 +23,8 @@ from pagedd_daemon.front.ports import Connection, Event, Service
 from tests.support.sim.loop import VirtualLoop
 
 Packed: TypeAlias = bytes
+AT_THE_DOOR = "too much waits to be read on this connection"
+"""What a client is told whose request does not reach the service."""
 _ON_THE_WAY = 3
 """Messages that the sockets take for a client that does not read."""
 
@@ -185,7 +187,7 @@ class SimTransport:
             elif isinstance(request, r.Bye):
                 self._drop(line)
             elif line.connection.lagging:
-                raise WireError("E_SLOW", "too much waits to be read on this connection")
+                raise WireError("E_SLOW", AT_THE_DOOR)
             elif line.hello:
                 line.early.append(request)
             else:
