@@ -350,6 +350,35 @@ def test_a_client_that_gives_no_sign_of_life_is_closed(tmp_path: Path) -> None:
         assert other.call("models")["type"] == "result"
 
 
+class Unlooked:
+    """A ZeroMQ socket that takes every queue for full until it is asked for its events."""
+
+    def __init__(self, sock: zmq.Socket[bytes]) -> None:
+        self._sock = sock
+        self._looked = False
+
+    def send(self, data: bytes, flags: int) -> None:
+        if flags & zmq.SNDMORE and not self._looked:
+            raise zmq.Again
+        self._looked = False
+        self._sock.send(data, flags)
+
+    def get(self, option: int) -> int | bytes | str:
+        self._looked |= option == zmq.EVENTS
+        return self._sock.get(option)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def test_no_answer_is_lost_to_a_queue_that_only_seems_full(tmp_path: Path) -> None:
+    with Served(tmp_path) as served, Client(tmp_path, "control.sock") as control:
+        router = served.transport._control
+        served.call(setattr, router, "_sock", Unlooked(router._sock))
+        for at in range(20):
+            assert control.call("ping", f"p{at}")["id"] == f"p{at}"
+
+
 def test_stopping_delivers_what_waits(tmp_path: Path) -> None:
     with Served(tmp_path) as served, Client(tmp_path, RCVHWM=2) as client:
         client.hello()
