@@ -42,3 +42,12 @@ def test_a_cancelled_request_leaves_nothing_behind() -> None:
     bench.engine.handle(m.Cancel(1))
     bench.run()
     assert not bench.engine._scheduler._residents._held
+
+
+def test_what_is_dropped_before_its_request_has_ended_is_not_held() -> None:
+    bench = Bench(kv_tokens=512, ram_blocks=64)
+    bench.submit(1, prompt_of(7, 320), max_tokens=4, hold=True)
+    bench.engine.handle(m.Drop(1))
+    bench.run()
+    assert len(bench.outcomes[1].tokens[0]) == 4
+    assert not bench.engine._scheduler._residents._held

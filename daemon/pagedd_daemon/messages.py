@@ -175,7 +175,7 @@ class Unpause:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What the request ``rid`` left behind is held no longer (`Submit.hold`)."""
+    """What the request ``rid`` has left behind, or would, is held no longer (`Submit.hold`)."""
 
     rid: int
 

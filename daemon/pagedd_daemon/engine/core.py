@@ -107,6 +107,8 @@ class Engine:
                     request.paused = isinstance(message, m.Pause)
                     self._scheduler.wake()
             case m.Drop(rid=rid):
+                if request := self._books.requests.get(rid):
+                    request.hold = False  # it has not ended: a pin was taken back at once
                 self._scheduler.drop(rid)
             case _:
                 raise AssertionError(f"{type(message).__name__} is not for a running engine")
