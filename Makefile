@@ -2,6 +2,7 @@
 #
 #   PYTHON=...   interpreter to make .venv with (3.10 or later; found by itself otherwise)
 #   QUICK=1      bench targets: every row on a smaller sample, about a minute, marked as such
+#   ONLY=stage   bench-cpu, -desktop, -gpu: one of its stages, whose rows replace those of its last run
 
 FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
@@ -43,13 +44,13 @@ picture: $(READY) ## take the documentation's picture of the gateway's page (nee
 	@PAGEDD_WRITE_PICTURE=1 $(BIN)/python -m pytest tests/test_gateway_browser.py -k picture
 
 bench-cpu: $(READY) ## measure every figure of docs/benchmarks.md on this machine, half an hour or so
-	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks.cpu $(ONLY)
 
 bench-gpu: $(READY) ## measure the CUDA engine on this machine; ONLY=stage for one of its stages
 	@$(BIN)/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY))
 
 bench-desktop: $(READY) ## five apps on one machine, beside llama.cpp's own server (built once); 25 minutes or so; GATEWAY=1: over HTTP
-	@$(BIN)/python -m benchmarks.desktop $(if $(GATEWAY),--gateway)
+	@$(BIN)/python -m benchmarks.desktop $(if $(GATEWAY),--gateway) $(ONLY)
 
 bench-gateway: $(READY) ## measure what the HTTP gateway adds, about 4 minutes
 	@$(BIN)/python -m benchmarks.gateway

@@ -19,6 +19,7 @@ from benchmarks import decoding, methods, overhead, pool
 from benchmarks.report import Report
 from benchmarks.returning import returning
 from benchmarks.service import Daemon, packaged_model
+from benchmarks.stages import run
 from tests.support.f32_model import f32_copy
 
 
@@ -72,7 +73,7 @@ def beams(report: Report) -> None:
     methods.all_together(report, f32_copy(packaged_model()), threads(), pool.EXACT_GAP)
 
 
-PARTS: dict[str, Callable[[Report], None]] = {
+STAGES: dict[str, Callable[[Report], None]] = {
     "decode": decode,
     "full-pool": full_pool,
     "prefixes": prefixes,
@@ -84,22 +85,16 @@ PARTS: dict[str, Callable[[Report], None]] = {
 
 
 def main() -> int:
-    """Run the parts; exit status 1 if a row misses what it must reach."""
+    """Run the stages; exit status 1 if a row misses what it must reach."""
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ", ".join(PARTS)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{names}; default: all of them")
-    chosen = parser.parse_args().parts
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}; there are {names}")
+    names = ", ".join(STAGES)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{names}; default: all of them")
+    chosen = parser.parse_args().stages
+    if unknown := set(chosen) - set(STAGES):
+        parser.error(f"no such stage: {', '.join(unknown)}; there are {names}")
     # Ending early still ends the daemons and the workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = Report("bench-cpu", quick=bool(os.environ.get("PAGEDD_QUICK")))
-    for name in chosen or PARTS:
-        PARTS[name](report)
-    if chosen:
-        print("a part of the benchmark: no result file is written")
-        return report.show()
-    return report.finish()
+    return run("bench-cpu", STAGES, chosen)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A measuring target (``bench-*``, ``chaos``, ``soak``) fills a `Report` with rows and ends with
 ``sys.exit(report.finish())``: that prints a table, writes `results/TARGET-MACHINE.json` and gives
-exit status 1, naming each row, if one misses its ``must``.
+exit status 1, naming each row, if one misses its ``must``. Long ones do so in stages
+(`benchmarks.stages`).
 """
 
 from __future__ import annotations

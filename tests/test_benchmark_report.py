@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import publish
 from benchmarks.report import RESULTS, Report, Row, machine_slug, meets
+from benchmarks.stages import run
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,30 @@ def test_a_quick_run_is_not_published(tmp_path: Path) -> None:
         report.write(tmp_path)
         tables = publish.tables(tmp_path)
         assert ("| speed | 0.9 of raw (**missed**) | >= 0.95 |  |" in tables) is not quick
+
+
+def _stage(name: str, value: float) -> dict[str, Callable[[Report], None]]:
+    return {name: lambda report: report.add(Row(f"figure of {name}", value, "s"))}
+
+
+def test_a_stage_replaces_its_own_rows_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PAGEDD_QUICK", raising=False)
+    whole = Report("bench-test", quick=False, machine=("m", "a machine"))
+    whole.add(Row("figure of one", 0.5, "s"))  # as written before there were stages
+    path = whole.write(tmp_path)
+    for name, value in [("one", 1.0), ("two", 2.0), ("one", 3.0)]:
+        run("bench-test", _stage(name, value), machine=("m", "a machine"), results=tmp_path)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["stage"], row["value"]) for row in rows] == [("two", 2.0), ("one", 3.0)]
+    assert all(row["commit"] for row in rows)
+
+
+def test_a_quick_run_of_stages_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEDD_QUICK", "1")
+    missed = {"one": lambda report: report.add(Row("figure", 1.0, "s", ">= 2"))}
+    assert run("bench-test", missed, machine=("m", "a machine"), results=tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []

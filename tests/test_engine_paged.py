@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import statistics
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.gpu.__main__ import write_merged
 from benchmarks.gpu.engine_loop import Loop, Request, decode_ms, prompts
-from benchmarks.report import Report, Row
 from pagedd_daemon.models.decoder import Decoder
 from tests.support.paged_backend import VOCAB, Plain, tiny_backend, tiny_model
 
@@ -63,14 +60,3 @@ def test_the_benchmark_times_decode_steps_only(model: Decoder) -> None:
         steps = decode_ms(Loop(backend), batch=3, prompt=20, steps=6, seed=1)
     assert len(steps) == 6
     assert statistics.median(steps) > 0
-
-
-def test_a_stage_replaces_its_own_rows_and_no_others(tmp_path: Path) -> None:
-    for stage, value in [("one", 1.0), ("two", 2.0), ("one", 3.0)]:
-        report = Report("bench-test", quick=False, machine=("gpu", "a GPU"))
-        report.add(Row(f"figure of {stage}", value, "s"))
-        write_merged(report, stage, tmp_path)
-    text = (tmp_path / "bench-test-gpu.json").read_text()
-    assert '"value": 3.0' in text
-    assert '"value": 2.0' in text
-    assert '"value": 1.0' not in text

@@ -9,16 +9,14 @@ in ``benchmarks/results/bench-gpu-MACHINE.json``.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.report import RESULTS, Report, machine_words
+from benchmarks.stages import run
 
 
 def _stages() -> dict[str, Callable[[Report], None]]:
@@ -64,21 +62,6 @@ def gpu_machine() -> tuple[str, str]:
     return slug, f"{name} ({memory:.0f} GiB), torch {torch.__version__}; {machine_words()}"
 
 
-def write_merged(report: Report, stage: str, folder: Path) -> None:
-    """Write a stage's rows, in the place of those of its last run, beside those of the others. Each
-    row names the commit that it was measured at."""
-    path = folder / f"{report.target}-{report.machine[0]}.json"
-    others = []
-    if path.is_file():
-        before = json.loads(path.read_text())
-        rows = [row for row in before["rows"] if row.get("stage") != stage]
-        others = [{**row, "commit": row.get("commit", before["commit"])} for row in rows]
-    document = json.loads(report.write(folder).read_text())
-    now = {"stage": stage, "commit": document["commit"]}
-    document["rows"] = others + [{**row, **now} for row in document["rows"]]
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-
-
 def main() -> int:
     """Run the stages; exit status 1 if a row misses what it must reach."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -91,20 +74,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench-gpu needs a CUDA device; torch finds none", file=sys.stderr)
         return 2
-    stages = _stages()
-    chosen = options.only or list(stages)
+    stages, chosen = _stages(), options.only or ()
     if unknown := set(chosen) - set(stages):
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(stages)}")
-    status = 0
-    for name in chosen:
-        quick = bool(os.environ.get("PAGEDD_QUICK"))
-        report = Report("bench-gpu", quick=quick, machine=gpu_machine())
-        begin = time.monotonic()
-        stages[name](report)
-        print(f"stage {name}: {time.monotonic() - begin:.0f} s", flush=True)
-        write_merged(report, name, options.out)
-        status |= report.show()
-    return status
+    return run("bench-gpu", stages, chosen, machine=gpu_machine(), results=options.out)
 
 
 if __name__ == "__main__":
