@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ from benchmarks.chaos.share import share
 from benchmarks.chaos.streams import Record, Round, play, prompts
 from benchmarks.report import Report, Row
 from benchmarks.service import packaged_model
+from benchmarks.stages import run
 from pagedd_daemon.backends.llama_api import Context, ContextOptions, Model
 
 KILLS = 200
@@ -187,8 +190,9 @@ def _tell(report: Report, rounds: list[Round]) -> None:
     report.add(Row(what, middle, "s", "<= 5", note))
 
 
-def stopped(report: Report, _: int) -> None:
+def stopped(report: Report, kills: int) -> None:
     """An engine that is stopped in the middle of a step."""
+    del kills  # one is enough
     with serve(str(packaged_model()), "llama.cpp") as daemon:
         # A second or two of steps, so that the daemon knows how long they take.
         round_ = asyncio.run(
@@ -201,8 +205,9 @@ def stopped(report: Report, _: int) -> None:
     report.add(Row("stopped: pause of a stream, longest", max(pauses), "s", "<= 14", note))
 
 
-def cost(report: Report, _: int) -> None:
+def cost(report: Report, kills: int) -> None:
     """Tokens a second with writing through, and without."""
+    del kills  # nobody dies
     turns = 2 if report.quick else 4
     texts = prompts(4, 40_000)
     rates: dict[bool, list[float]] = {True: [], False: []}
@@ -227,13 +232,20 @@ def cost(report: Report, _: int) -> None:
     report.add(Row("writing through: of the engine's time", 100 * part, "%", "<= 2", note))
 
 
-KILLED: dict[str, Callable[[Report, int], None]] = {
+class Stage(Protocol):
+    """Measures some rows."""
+
+    def __call__(self, report: Report, kills: int) -> None:
+        """Fill the report; ``kills``: of each kind of engine."""
+
+
+KILLED: dict[str, Stage] = {
     "simulated": simulated,
     "killed": killed,
     "stopped": stopped,
     "cost": cost,
 }
-"""Parts that kill engines: one result file. Each is given the kills of each kind of engine."""
+"""Parts that kill engines: stages of one result file."""
 HOSTILE: dict[str, Callable[[Report, int], None]] = {
     "fuzz": fuzz.part,
     "mutants": mutants.part,
@@ -258,15 +270,10 @@ def main() -> int:
     quick = bool(os.environ.get("PAGEDD_QUICK"))
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     begin, status = time.monotonic(), 0
-    if kills := [name for name in chosen if name in KILLED]:
-        report = Report("chaos", quick=quick)
-        for name in kills:
-            KILLED[name](report, 10 if quick else arguments.kills)
-        if set(kills) == set(KILLED):
-            status |= report.finish()
-        else:
-            print("not all that kills engines: no result file is written")
-            status |= report.show()
+    if kill := [name for name in chosen if name in KILLED]:
+        kills = 10 if quick else arguments.kills
+        stages = {name: partial(stage, kills=kills) for name, stage in KILLED.items()}
+        status |= run("chaos", stages, kill)
     for name in (name for name in chosen if name in HOSTILE):
         report = Report("chaos", quick=quick, part=name)
         HOSTILE[name](report, seed)
