@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from kvpager.types import PriorityClass
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.simulated import BLOCK_TOKENS, BYTES_PER_TOKEN, SimulatedBackend
 from pagedd_daemon.engine.core import Engine
@@ -437,14 +438,37 @@ def test_a_message_that_waits_is_handled_after_the_step_at_hand() -> None:
     assert bench.engine.steps == steps + 1
 
 
-def test_steps_that_nothing_interrupts_follow_one_another_while_tokens_may_wait() -> None:
+@pytest.mark.parametrize(
+    ("klass", "said"),
+    [
+        # Steps take 12 ms: four follow the first within the 50 ms that it may be held back.
+        (PriorityClass.INTERACTIVE, [5, 5, 5]),
+        (PriorityClass.NORMAL, [11]),
+        (PriorityClass.BACKGROUND, []),
+    ],
+)
+def test_steps_that_nothing_interrupts_follow_one_another_while_tokens_may_wait(
+    klass: PriorityClass, said: list[int]
+) -> None:
     bench = Bench(llama=True)
-    bench.submit(1, prompt_of(1, 30), max_tokens=40)
+    bench.submit(1, prompt_of(1, 30), klass=klass, max_tokens=40)
     bench.step()
     steps, reports = bench.engine.steps, bench.step()
     assert bench.engine.steps - steps == 16
-    # Steps take 12 ms: four follow the first within the 50 ms that it may be held back.
-    assert [len(report.outputs[0].tokens) // 4 for report in reports] == [5, 5, 5]
+    assert [len(report.outputs[0].tokens) // 4 for report in reports] == said
+
+
+def test_background_tokens_go_along_with_interactive_ones() -> None:
+    bench = Bench(llama=True)
+    bench.submit(1, prompt_of(1, 30), klass=PriorityClass.BACKGROUND, max_tokens=40)
+    bench.submit(2, prompt_of(2, 30), klass=PriorityClass.INTERACTIVE, max_tokens=40)
+    while not (bench.outcomes[1].tokens[0] and bench.outcomes[2].tokens[0]):
+        bench.step()
+    reports = bench.step()
+    assert reports
+    for report in reports:
+        first, second = (len(output.tokens) // 4 for output in report.outputs)
+        assert first == second
 
 
 def test_what_was_drawn_before_a_step_failed_is_said() -> None:

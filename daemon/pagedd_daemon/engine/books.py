@@ -17,7 +17,7 @@ from pagedd_daemon.backends.base import Capabilities
 from pagedd_daemon.engine.branches import search_for
 from pagedd_daemon.engine.fairness import AppId
 from pagedd_daemon.engine.grammar import Grammars
-from pagedd_daemon.engine.outbox import Outbox
+from pagedd_daemon.engine.outbox import AT_ONCE, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.scheduler import Scheduler
 from pagedd_daemon.engine.snapshot import Totals
@@ -166,7 +166,6 @@ class Books:
         search = request.beams.search
         search.conclude()
         self._scheduler.branches.end(request.beams)
-        now = self._clock()
         for index in sorted(request.open_samples):
             if index >= len(search.ended):  # fewer tokens may follow than there are beams
                 self._outbox.ended(m.Ended(request.rid, index, "stop"))
@@ -174,7 +173,7 @@ class Books:
             text = search.ended[index]
             for one in text.tokens():
                 request.generated_tokens += 1
-                self._outbox.output(request.rid, index, one, now, first=False)
+                self._outbox.output(request.rid, index, one, AT_ONCE)
             self._outbox.ended(m.Ended(request.rid, index, text.reason, text.score))
         request.open_samples.clear()
         self._close(request)

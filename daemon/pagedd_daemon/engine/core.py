@@ -26,7 +26,7 @@ from pagedd_daemon.backends.base import (
 from pagedd_daemon.engine.books import Books
 from pagedd_daemon.engine.embedding import Embeddings
 from pagedd_daemon.engine.grammar import Grammars
-from pagedd_daemon.engine.outbox import HOLD_S, Outbox
+from pagedd_daemon.engine.outbox import AT_ONCE, HOLD_S, Outbox
 from pagedd_daemon.engine.pool import Pool
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.scheduler import Scheduler
@@ -63,7 +63,8 @@ class Engine:
         """Steps in flight at most."""
         self._flights: deque[tuple[Step, Handle]] = deque()
         self._steps = 0
-        self._outbox = Outbox(0.0 if self._caps.asynchronous else HOLD_S)
+        self._outbox = Outbox()
+        self._hold_s = dict.fromkeys(HOLD_S, 0.0) if self._caps.asynchronous else HOLD_S
         self._books = Books(self._caps, self._pool, self._scheduler, self._outbox, clock, grammars)
         self._step_s = 0.0
         """Of the last step."""
@@ -241,33 +242,34 @@ class Engine:
         the books were brought up to date after each).
         """
         sequences = self._scheduler.launched
-        known = 0.0
+        hold_s = min(self._hold_s[sequence.request.klass] for sequence in sequences)
+        until = 0.0
         done: list[list[Drawn]] = []
         while True:
             self._steps += 1
             try:
                 result = self._backend.collect(self._backend.launch(step))
             except StepFaultError as fault:
-                self._keep(sequences, done, known)
+                self._keep(sequences, done, until)
                 self._fail(step, fault)
                 return
             row = [one for _, one in result.drawn]
             over = self._note(sequences, row)
             now = self._clock()
             if not done:  # of those held back, this one waits longest
-                known = self._outbox.oldest(now)
+                until = min(self._outbox.until, now + hold_s)
             done.append(row)
             self._seconds.append(result.seconds)
             over = over or self._scheduler.stretch_left == 1 or self._embeddings.busy or waiting()
             if over:
                 break
-            if now + result.seconds > known + self._outbox.hold_s:
-                self._keep(sequences, done, known)
+            if now + result.seconds > until:
+                self._keep(sequences, done, until)
                 self._outbox.say(say, self._steps)
                 done.clear()
             step = self._scheduler.advance(result.seconds)
         self._step_s = result.seconds
-        self._keep(sequences, done, known)
+        self._keep(sequences, done, until)
         self._say(say)
         self._scheduler.retire(step, result.seconds)
         for sequence, one in zip(sequences, row, strict=True):
@@ -288,15 +290,16 @@ class Engine:
                 over = True
         return over
 
-    def _keep(self, sequences: list[Sequence], done: list[list[Drawn]], known: float) -> None:
-        """Say what some steps drew for ``sequences``, a list each, the first at ``known``."""
+    def _keep(self, sequences: list[Sequence], done: list[list[Drawn]], until: float) -> None:
+        """Say ``until`` then what some steps drew for ``sequences``, a list each."""
         now = self._clock()
         for row in done:
             for sequence, one in zip(sequences, row, strict=True):
-                self._output(sequence, [one], now, known)
+                self._output(sequence, [one], now, until)
 
-    def _output(self, sequence: Sequence, drawn: list[Drawn], now: float, since: float) -> None:
-        """Report what was drawn for a sequence and the samples after it; it is known ``since``."""
+    def _output(self, sequence: Sequence, drawn: list[Drawn], now: float, until: float) -> None:
+        """Report what was drawn for a sequence and the samples after it; it may wait ``until``
+        then, unless somebody waits for a first token."""
         request = sequence.request
         first = request.first_token_s == 0.0
         if first:
@@ -306,7 +309,7 @@ class Engine:
             return  # what is a token of the reply is known at the end
         for index, one in enumerate(drawn, sequence.index):
             if not self._ends(request, one.token):
-                self._outbox.output(request.rid, index, one, since, first=first)
+                self._outbox.output(request.rid, index, one, AT_ONCE if first else until)
 
     def _drain(self, say: Say) -> None:
         while self._flights:
@@ -371,7 +374,7 @@ class Engine:
             if sequence.state is SequenceState.ENDED:
                 continue  # by the token before, after this step was launched
             kept.append((sequence, tokens))
-            self._output(sequence, tokens, now, now)
+            self._output(sequence, tokens, now, now + self._hold_s[sequence.request.klass])
         self._step_s = result.seconds
         self._seconds.append(result.seconds)
         self._say(say)
