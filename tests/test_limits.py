@@ -102,17 +102,17 @@ IN_SHARED = {
     "remembered_bytes_per_user": "test_remembered_events_of_a_user",
 }
 """In `test_shared.py`, beside other users."""
-IN_TRANSPORT_SOCKETS = {"heartbeat_ms", "silence_ms"}
-"""Times of libzmq's own: `test_transport_sockets.py` has a client that is stopped."""
+IN_TRANSPORT_OUTPUT = {"heartbeat_ms", "silence_ms"}
+"""Times of libzmq's own: `test_transport_output.py` has a client that is stopped."""
 
 
 def test_every_limit_of_the_table_is_tested() -> None:
-    elsewhere = ELSEWHERE.keys() | IN_SHARED.keys() | IN_TRANSPORT_SOCKETS
+    elsewhere = ELSEWHERE.keys() | IN_SHARED.keys() | IN_TRANSPORT_OUTPUT
     assert IN_A_MESSAGE.keys() | elsewhere == set(names())
     shared = (Path(__file__).parent / "test_shared.py").read_text()
     assert all(f"def {test}" in shared for test in IN_SHARED.values())
     assert set(ELSEWHERE.values()) <= set(globals())
-    assert "silence_ms=" in (Path(__file__).parent / "test_transport_sockets.py").read_text()
+    assert "silence_ms=" in (Path(__file__).parent / "test_transport_output.py").read_text()
 
 
 def parsed(message: dict[str, Any], limits: Limits) -> Any:
@@ -354,7 +354,7 @@ def test_what_waits_for_clients_that_do_not_read(
     ):
         transport, (_, one, two) = served.transport, served.service.connections
         address = transport._data.address
-        full = {transport._by_number[connection.number].route for connection in (one, two)}
+        full = {transport._peers.by_number[connection.number].route for connection in (one, two)}
 
         def refuse(route: bytes) -> None:
             if route in full:  # as if they left their queues unread, to the byte

@@ -34,6 +34,7 @@ from pagedd_daemon.front.config_model import ConfigFile
 from pagedd_daemon.front.engine_link import EngineListener
 from pagedd_daemon.front.helper_pool import HelperPool
 from pagedd_daemon.front.limits import DEFAULT_LIMITS
+from pagedd_daemon.front.output import Output
 from pagedd_daemon.front.ports import Event
 from pagedd_daemon.front.router import Router
 from pagedd_daemon.front.service import FrontService
@@ -180,6 +181,8 @@ class _Transport(ZmqTransport):
         super().__init__(folder, LIMITS, service)
         self._loop = asyncio.get_running_loop()
         self._data = self._control = cast(Router, ends)
+        self._output = Output(self._loop, LIMITS, self._peers, drop=self._drop, lagging=self._lags)
+        self._output.router = self._data
         self._servers = []
 
     def hand_over(self, route: bytes, control: bool, frames: list[_Frame]) -> None:
@@ -190,7 +193,7 @@ class _Transport(ZmqTransport):
 
     def token(self, route: bytes) -> bytes:
         """Of the connection; 16 zeros where there is none."""
-        peer = self._peers.get(route)
+        peer = self._peers.by_route.get(route)
         return bytes(16) if peer is None else peer.connection.token
 
     def gone(self, fd: int) -> None:
@@ -199,8 +202,7 @@ class _Transport(ZmqTransport):
 
     async def end(self) -> None:
         """Let go of what it watches."""
-        for pid in list(self._by_pid):
-            self._unwatch_process(pid)
+        self._peers.close()
         self._identifying.shutdown()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import subprocess
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -188,3 +189,9 @@ def connected(path: Path, **options: Any) -> Iterator[Client]:
     with Client(path, **options) as client:
         client.hello()
         yield client
+
+
+def said(process: subprocess.Popen[bytes]) -> str:
+    """The next line of a process."""
+    assert process.stdout is not None
+    return process.stdout.readline().decode().strip()

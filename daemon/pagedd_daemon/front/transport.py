@@ -1,23 +1,21 @@
-"""The two ROUTER sockets: who is connected, what arrives, and what waits for whom.
+"""The two ROUTER sockets: who is let in, what arrives, and whom it is handed to.
 
 Everything happens in the event loop's thread, and nothing here ever waits for a client. A message
-costs one `decode` and one call of the service; events of one turn of the loop leave as one message
-per client. What a client does not take stays here, in order, up to a byte budget.
+costs one `decode` and one call of the service. Who is connected is kept in
+`pagedd_daemon.front.peers`, what waits for whom in `pagedd_daemon.front.output`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,47 +43,23 @@ from pagedd_daemon.front.listener import (
     open_descriptors,
     raise_descriptor_limit,
 )
+from pagedd_daemon.front.output import Output
+from pagedd_daemon.front.peers import Peer, Peers
 from pagedd_daemon.front.ports import Connection, Event, Service
 from pagedd_daemon.front.rates import Rates
 from pagedd_daemon.front.router import Router, refuse_identity
-from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.front.zmqloop import Watched
 
 log = logging.getLogger(__name__)
 
 _BATCH = 64
 """Connections decided on before the loop may do something else."""
-_MESSAGE_BYTES = 64 * 1024
-"""Events that waited are joined up to this size."""
-_RETRY_S, _RETRY_MOST_S = 0.01, 1.0
-"""While a client's queue is full: how soon to try again, doubled each time it is still full."""
 _IDENTIFY_S = 2.0
 """How long it may take to read what program a peer is; then it is served as an unknown one."""
 _GUARD_S = 1.0
 """While clients wait for room: how often to look again."""
 _GLANCE_NODES = 64
 """Values of a refused message among which its id is looked for: to refuse must be cheap."""
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    """What the transport keeps of a connection."""
-
-    connection: Connection
-    route: bytes
-    fd: int
-    """Descriptor of libzmq's, by which its monitor names the connection."""
-    waiting: deque[bytes] = field(default_factory=deque)
-    """Packed events, oldest first."""
-    bytes: int = 0
-    """Of ``waiting``."""
-    queued: bool = False
-    """It is among those to be flushed."""
-    open: bool = True
-    hello: str = ""
-    """Id of its hello, while it is being looked at what program it is."""
-    early: list[r.DataRequest] = field(default_factory=list)
-    """Requests that came meanwhile."""
 
 
 class ZmqTransport:
@@ -111,27 +85,9 @@ class ZmqTransport:
         self._control_rates = Rates(limits, time.monotonic)
         self._service = service
         self._authenticator = Authenticator(self._access, self._crowded)
-        self._peers: dict[bytes, _Peer] = {}
-        """By routing id."""
-        self._by_number: dict[int, _Peer] = {}
-        self._by_token: dict[bytes, _Peer] = {}
-        self._by_fd: dict[int, _Peer] = {}
-        self._by_pid: dict[int, tuple[int, set[_Peer]]] = {}
-        """Process -> its pidfd and connections."""
+        self._peers = Peers(self._drop)
         self._last_number = 0
-        self._waiting = Tally()
-        """Bytes that wait for peers."""
-        self._users = Tally()
-        """Connections that have said hello."""
         self._servers: list[Router] = []
-        self._dirty: list[_Peer] = []
-        self._blocked: dict[_Peer, None] = {}
-        """Peers whose queue in libzmq is full, longest first."""
-        self._retry_timer: asyncio.TimerHandle | None = None
-        self._retry_s = _RETRY_S
-        self._flush_scheduled = False
-        self._drained: asyncio.Event | None = None
-        """Set when nothing waits any more, while stopping."""
         self._guard_timer: asyncio.TimerHandle | None = None
         self._identifying = ThreadPoolExecutor(2, thread_name_prefix="identity")
 
@@ -146,6 +102,7 @@ class ZmqTransport:
             AuthenticationBroken: A connection that must be refused was let in.
         """
         self._loop = loop = asyncio.get_running_loop()
+        self._output = Output(loop, self._limits, self._peers, drop=self._drop, lagging=self._lags)
         self._directory = SocketDirectory(self._path, self._inherited, self._access)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # For each client a connection and a control connection, both with a listening socket, and a
@@ -166,9 +123,10 @@ class ZmqTransport:
                 message=self._data_message,
                 has_room=self._has_room,
                 changed=self._data_changed,
-                signalled=self._retry,
+                signalled=self._output.retry,
                 count_users=self._access.shared,
             )
+            self._output.router = self._data
             self._servers.append(self._data)
             self._control = Router(
                 self._context,
@@ -191,24 +149,14 @@ class ZmqTransport:
     async def stop(self, flush_s: float) -> None:
         """Gives clients ``flush_s`` to take what waits for them, and closes."""
         end = self._loop.time() + flush_s
-        self.flush()
-        if self._blocked:
-            self._drained = asyncio.Event()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), flush_s)
+        await self._output.drain(flush_s)
         await self._close(max(0.0, end - self._loop.time()))
 
     async def _close(self, linger_s: float) -> None:
-        for timer in (self._guard_timer, self._retry_timer):
-            if timer is not None:
-                timer.cancel()
-        self._blocked.clear()
-        self._dirty.clear()
-        self._by_number.clear()
-        for pidfd, _ in self._by_pid.values():
-            self._loop.remove_reader(pidfd)
-            os.close(pidfd)
-        self._by_pid.clear()
+        if self._guard_timer is not None:
+            self._guard_timer.cancel()
+        self._output.close()
+        self._peers.close()
         self._identifying.shutdown(wait=False, cancel_futures=True)
         for server in self._servers:
             server.close(int(linger_s * 1000))
@@ -225,141 +173,23 @@ class ZmqTransport:
 
         An event for a connection that is closed is dropped.
         """
-        peer = self._by_number.get(connection.number)
+        peer = self._peers.by_number.get(connection.number)
         if peer is not None:
-            self._queue(peer, wire.pack_event(event))
+            self._output.queue(peer, wire.pack_event(event))
 
     def flush(self) -> None:
         """Send now what is queued, without waiting for the end of the turn."""
-        self._flush_scheduled = False
-        dirty, self._dirty = self._dirty, []
-        for peer in dirty:
-            peer.queued = False
-            self._push(peer)
-        if self._blocked:
-            self._retry()
-        self._data.check()
+        self._output.flush()
 
     def backlog_bytes(self, connection: Connection) -> int:
         """Bytes that wait for this peer."""
-        peer = self._by_number.get(connection.number)
+        peer = self._peers.by_number.get(connection.number)
         return 0 if peer is None else peer.bytes
-
-    # -------------------------------------------------------------------------------------- sending
-
-    def _queue(self, peer: _Peer, packed: bytes) -> None:
-        peer.waiting.append(packed)
-        peer.bytes += len(packed)
-        self._waiting.add(peer.connection.uid, len(packed))
-        if not peer.queued:
-            peer.queued = True
-            self._dirty.append(peer)
-            if not self._flush_scheduled:
-                self._flush_scheduled = True
-                self._loop.call_soon(self._flush_at_end_of_turn)
-
-    def _flush_at_end_of_turn(self) -> None:
-        if self._flush_scheduled:
-            self.flush()
-
-    def _push(self, peer: _Peer) -> None:
-        """Sends what waits for a peer, as far as it takes it."""
-        waiting = peer.waiting
-        while waiting:
-            try:
-                self._data.address(peer.route)
-            except zmq.Again:
-                self._blocked[peer] = None
-                self._arm_retry()
-                break
-            except zmq.ZMQError as error:
-                # EHOSTUNREACH: libzmq knows no such peer any more.
-                log.debug("connection %d: %s", peer.connection.number, error)
-                self._drop(peer)
-                break
-            count, size = _batch(waiting)
-            self._data.body(wire.join_events([waiting.popleft() for _ in range(count)]))
-            peer.bytes -= size
-            self._waiting.add(peer.connection.uid, -size)
-        if not waiting:
-            self._unblock(peer)
-        if peer.open:
-            self._judge(peer)
-
-    def _unblock(self, peer: _Peer) -> None:
-        self._blocked.pop(peer, None)
-        if not self._blocked and self._drained is not None:
-            self._drained.set()
-
-    def _judge(self, peer: _Peer) -> None:
-        """Tells the service when a peer falls behind or has caught up."""
-        connection, budget = peer.connection, self._limits.output_bytes_per_connection
-        if not connection.lagging and peer.bytes > budget:
-            connection.lagging = True
-            self._tell(self._service.lagging, connection, True)
-        elif connection.lagging and peer.bytes < budget // 2:
-            connection.lagging = False
-            self._tell(self._service.lagging, connection, False)
-        # Its streams are paused and new requests refused, so only results of requests that were
-        # accepted before still come. Beyond this it is one that asks and never reads.
-        if peer.open and peer.bytes > budget + 2 * self._limits.frame_bytes:
-            log.warning(
-                "connection %d (%s) closed: %d bytes wait for it",
-                connection.number,
-                connection.app,
-                peer.bytes,
-            )
-            self._drop(peer)
-        elif (
-            self._waiting.total > self._limits.output_bytes_total
-            or self._waiting.of(connection.uid) > self._limits.output_bytes_per_user
-        ):
-            self._relieve()
-
-    def _relieve(self) -> None:
-        """Disconnects who has most waiting, of the user for whom most waits: many that do not read
-        take more than the front has."""
-        uid = self._waiting.most()
-        peers = (peer for peer in self._peers.values() if peer.connection.uid == uid)
-        peer = max(peers, key=lambda peer: peer.bytes)
-        log.warning(
-            "connection %d (%s) closed: %d bytes wait for it, and %d for all",
-            peer.connection.number,
-            peer.connection.app,
-            peer.bytes,
-            self._waiting.total,
-        )
-        self._drop(peer)
-
-    def _retry(self) -> None:
-        """Tries the peers whose queue was full.
-
-        libzmq signals its descriptor when a peer has room again, and then this is called. But a
-        send to another peer may consume that signal, so this is called after each flush as well,
-        and by a timer while anybody waits.
-        """
-        for peer in list(self._blocked):
-            before = peer.bytes
-            self._push(peer)
-            if peer.bytes != before:
-                self._retry_s = _RETRY_S
-
-    def _arm_retry(self) -> None:
-        if self._retry_timer is None:
-            self._retry_timer = self._loop.call_later(self._retry_s, self._retry_on_time)
-
-    def _retry_on_time(self) -> None:
-        self._retry_timer = None
-        self._retry_s = min(2 * self._retry_s, _RETRY_MOST_S)
-        self._retry()
-        self._data.check()
-        if not self._blocked:
-            self._retry_s = _RETRY_S
 
     # ----------------------------------------------------------------------------- data connections
 
     def _data_message(self, route: bytes, user: Credentials, frames: list[zmq.Frame]) -> None:
-        peer = self._peers.get(route)
+        peer = self._peers.by_route.get(route)
         id = ""
         try:
             self._count(self._rates, user, frames)
@@ -371,8 +201,8 @@ class ZmqTransport:
             elif peer is None:
                 raise WireError("E_HELLO", "the first message must be hello")
             elif isinstance(request, r.Bye):
-                self._queue(peer, wire.pack_event(_result(id, {})))
-                self._push(peer)
+                self._output.queue(peer, wire.pack_event(_result(id, {})))
+                self._output.push(peer)
                 self._drop(peer)
             elif peer.connection.lagging:
                 raise WireError(
@@ -394,12 +224,12 @@ class ZmqTransport:
         except Exception as error:
             event = _error(error).as_event(id or getattr(error, "id", ""), 0)
             if peer is not None and peer.open:
-                self._queue(peer, wire.pack_event(event))
+                self._output.queue(peer, wire.pack_event(event))
             else:
                 self._data.answer(route, event)
 
     def _hello(self, route: bytes, user: Credentials, frame: zmq.Frame, hello: r.Hello) -> None:
-        if route in self._peers:
+        if route in self._peers.by_route:
             raise WireError("E_HELLO", "this connection has said hello already")
         refuse_identity(route)
         # What libzmq says of a connection precedes its messages; so is it gone already?
@@ -408,8 +238,8 @@ class ZmqTransport:
             return
         self._check_member(user, [frame])
         for count, limit in (
-            (len(self._peers), "connections"),
-            (self._users.of(user.uid), "connections_per_user"),
+            (len(self._peers.by_route), "connections"),
+            (self._peers.users.of(user.uid), "connections_per_user"),
         ):
             if count >= (at_most := getattr(self._limits, limit)):
                 raise limit_error(limit, count + 1, at_most)
@@ -423,16 +253,11 @@ class ZmqTransport:
             priority=hello.priority,
             client=hello.client,
         )
-        peer = _Peer(connection, route, fd, hello=hello.id)
-        self._peers[route] = peer
-        self._users.add(user.uid, 1)
-        self._by_number[connection.number] = peer
-        self._by_token[connection.token] = peer
-        self._by_fd[fd] = peer
-        self._watch_process(peer)
+        peer = Peer(connection, route, fd, hello=hello.id)
+        self._peers.add(peer)
         self._identify(peer)
 
-    def _identify(self, peer: _Peer) -> None:
+    def _identify(self, peer: Peer) -> None:
         """Has a thread look what program the peer is: the loop does not wait for file systems."""
         pid = peer.connection.pid
         pidfd = pin(peer.fd, pid)
@@ -451,7 +276,7 @@ class ZmqTransport:
 
         looked.add_done_callback(done)
 
-    def _identified(self, peer: _Peer, found: Program) -> None:
+    def _identified(self, peer: Peer, found: Program) -> None:
         """Answers hello, and what came after it."""
         if not peer.open or not peer.hello:
             return
@@ -463,39 +288,26 @@ class ZmqTransport:
             "limits": as_map(self._limits),
             **self._service.opened(peer.connection),
         }
-        self._queue(peer, wire.pack_event(_result(id, fields)))
+        self._output.queue(peer, wire.pack_event(_result(id, fields)))
         early, peer.early = peer.early, []
         for request in early:
             self._request(peer, request)
 
-    def _request(self, peer: _Peer, request: r.DataRequest) -> None:
+    def _request(self, peer: Peer, request: r.DataRequest) -> None:
         try:
             self._service.request(peer.connection, request)
         except Exception as error:
-            self._queue(peer, wire.pack_event(_error(error).as_event(request.id, 0)))
+            self._output.queue(peer, wire.pack_event(_error(error).as_event(request.id, 0)))
 
-    def _drop(self, peer: _Peer) -> None:
+    def _drop(self, peer: Peer) -> None:
         """Forgets a peer and tells the service, once."""
         if not peer.open:
             return
         peer.open = False
-        connection = peer.connection
-        peer.waiting.clear()
-        self._waiting.add(connection.uid, -peer.bytes)
-        self._users.add(connection.uid, -1)
-        peer.bytes = 0
-        self._unblock(peer)
-        del self._peers[peer.route]
-        del self._by_number[connection.number]
-        del self._by_token[connection.token]
-        self._by_fd.pop(peer.fd, None)
-        watched = self._by_pid.get(connection.pid)
-        if watched is not None:
-            watched[1].discard(peer)
-            if not watched[1]:
-                self._unwatch_process(connection.pid)
+        self._output.forget(peer)
+        self._peers.remove(peer)
         if not peer.hello:
-            self._tell(self._service.closed, connection)
+            self._tell(self._service.closed, peer.connection)
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         """Calls the service; a defect of its must not keep other clients from being served."""
@@ -504,40 +316,15 @@ class ZmqTransport:
         except Exception:
             log.exception("the service failed")
 
+    def _lags(self, peer: Peer, lagging: bool) -> None:
+        self._tell(self._service.lagging, peer.connection, lagging)
+
     def _data_changed(self, gone: list[int]) -> None:
         for fd in gone:
-            peer = self._by_fd.get(fd)
+            peer = self._peers.by_fd.get(fd)
             if peer is not None:
                 self._drop(peer)
         self._reconsider()
-
-    def _watch_process(self, peer: _Peer) -> None:
-        """Has the kernel tell when the peer's process ends.
-
-        Its connection may outlive it: a child that it left behind may have inherited the socket.
-        """
-        pid = peer.connection.pid
-        if pid not in self._by_pid:
-            try:
-                pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                self._drop(peer)
-                return
-            except (AttributeError, OSError):
-                # An old kernel, or a process we cannot see: the end of the connection must do.
-                return
-            self._by_pid[pid] = (pidfd, set())
-            self._loop.add_reader(pidfd, self._process_ended, pid)
-        self._by_pid[pid][1].add(peer)
-
-    def _process_ended(self, pid: int) -> None:
-        for peer in list(self._by_pid[pid][1]):
-            self._drop(peer)
-
-    def _unwatch_process(self, pid: int) -> None:
-        pidfd, _ = self._by_pid.pop(pid)
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
 
     # -------------------------------------------------------------------------------------- control
 
@@ -555,7 +342,7 @@ class ZmqTransport:
             id = request.id
             connection: Connection | None = None
             if isinstance(request, r.Cancel) and request.token is not None:
-                peer = self._by_token.get(request.token)
+                peer = self._peers.by_token.get(request.token)
                 if peer is None or peer.connection.uid != user.uid:
                     raise WireError("E_TOKEN", "no connection has this token")
                 connection = peer.connection
@@ -630,17 +417,6 @@ class ZmqTransport:
     def _reconsider_on_time(self) -> None:
         self._guard_timer = None
         self._reconsider()
-
-
-def _batch(waiting: deque[bytes]) -> tuple[int, int]:
-    """How many of the oldest events make one message, at least one, and their bytes."""
-    count = size = 0
-    for packed in waiting:
-        if count and size + len(packed) > _MESSAGE_BYTES:
-            break
-        count += 1
-        size += len(packed)
-    return count, size
 
 
 def _result(id: str, fields: dict[str, Any]) -> dict[str, Any]:
