@@ -1,8 +1,9 @@
 """The one place where bytes of a client become a request, and events become bytes.
 
-`decode` turns frames into a map of plain values, within the limits; `parse_data` and
-`parse_control` turn the map into a model of `pagedd_daemon.front.requests`. Whatever is wrong is a
-`WireError` that carries the request's id wherever one could be read.
+`decode` turns frames into a map of plain values, once `pagedd_daemon.front.survey` has found them
+to be within the limits; `parse_data` and `parse_control` turn the map into a model of
+`pagedd_daemon.front.requests`. Whatever is wrong is a `WireError` that carries the request's id
+wherever one could be read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.errors import WireError, limit_error
 from pagedd_daemon.front.limits import DEFAULT_LIMITS, Limits
+from pagedd_daemon.front.survey import container, is_map, malformed, survey, walk
 
 VERSION = 1
 
@@ -53,135 +55,19 @@ CONTROL_VERBS: Mapping[str, type[r.Request]] = {
     )
 }
 
-# ---------------------------------------------------------------------------------- survey of bytes
-#
-# msgpack's own limits are per container, so 16 MiB of empty maps become 1.2 GB, and 500 nested
-# array headers of 3 bytes each reserve 250 MB before the first value is read. So the bytes are
-# walked once before anything is built from them: 60 ns a value, 250 ns a container, and the walk
-# stops at the budget of `total_nodes`, so the worst message costs about 10 ms. Prompts and token
-# ids are one value each.
-
-_WIDTH = bytearray(256)
-"""First byte of a value -> its width where that byte alone tells it, else 0."""
-_WIDTH[0x00:0x80] = b"\x01" * 0x80
-_WIDTH[0xE0:0x100] = b"\x01" * 0x20
-_WIDTH[0xA0:0xC0] = bytes(range(1, 33))
-_WIDTH[0x80] = _WIDTH[0x90] = 1
-for _code, _width in (
-    *((code, 1) for code in (0xC0, 0xC2, 0xC3)),
-    *((0xCA, 5), (0xCB, 9)),
-    *((0xCC, 2), (0xCD, 3), (0xCE, 5), (0xCF, 9), (0xD0, 2), (0xD1, 3), (0xD2, 5), (0xD3, 9)),
-):
-    _WIDTH[_code] = _width
-
-_LENGTH_BYTES = {
-    code: 1 << (index % 3 if code < 0xDC else 1 + index % 2)
-    for codes in ((0xC4, 0xC5, 0xC6), (0xD9, 0xDA, 0xDB), (0xDC, 0xDD), (0xDE, 0xDF))
-    for index, code in enumerate(codes)
-}
-"""First byte of a binary, string, list or map -> how many bytes its length takes."""
-
-
-def _malformed(message: str, **details: Any) -> WireError:
-    return WireError("E_MALFORMED", message, details=details)
-
-
-def _container(data: bytes, pos: int, code: int, limits: Limits) -> tuple[int, int]:
-    """The string, binary, list or map at ``pos``: where its content starts, and the values in it.
-
-    A string or binary is skipped whole and has no values.
-    """
-    if code < 0xA0:
-        size, pos = code & 0x0F, pos + 1
-    else:
-        width = _LENGTH_BYTES.get(code)
-        if width is None:
-            raise _malformed("extension types and reserved bytes are not part of the protocol")
-        size = int.from_bytes(data[pos + 1 : pos + 1 + width], "big")
-        pos += 1 + width
-    if 0xC4 <= code <= 0xC6:
-        name, end, values = "binary_bytes", pos + size, 0
-    elif 0xD9 <= code <= 0xDB:
-        name, end, values = "string_bytes", pos + size, 0
-    elif code in (0xDC, 0xDD) or 0x90 <= code <= 0x9F:
-        name, end, values = "list_entries", pos, size
-    else:
-        name, end, values = "map_entries", pos, 2 * size
-    at_most = getattr(limits, name)
-    if size > at_most:
-        raise limit_error(name, size, at_most)
-    return end, values
-
-
-def _walk(data: bytes, pos: int, count: int, limits: Limits, depth: int = 0) -> int:
-    """Steps over ``count`` values from ``pos`` without building any; where the next one starts.
-
-    Raises:
-        WireError: A limit is passed, or this is not msgpack of this protocol.
-        IndexError: The bytes end before the values do.
-    """
-    width_of = _WIDTH
-    open_containers: list[int] = []
-    budget = limits.total_nodes - count
-    left = count
-    while True:
-        while left:
-            left -= 1
-            code = data[pos]
-            width = width_of[code]
-            if width:
-                pos += width
-                continue
-            start, values = _container(data, pos, code, limits)
-            is_container = 0x80 <= code <= 0x9F or code >= 0xDC
-            if is_container and depth + len(open_containers) >= limits.depth:
-                raise _malformed(
-                    "maps and lists are nested too deep", limit="depth", max=limits.depth
-                )
-            pos = start
-            if is_container:
-                # Declared values count at once: a header cannot promise more than the budget.
-                budget -= values
-                if budget < 0:
-                    raise limit_error(
-                        "total_nodes", limits.total_nodes - budget, limits.total_nodes
-                    )
-                open_containers.append(left)
-                left = values
-        if not open_containers:
-            return pos
-        left = open_containers.pop()
-
-
-def _survey(data: bytes, limits: Limits) -> None:
-    """Refuses what would grow beyond the limits, and what is not one whole map."""
-    if not data:
-        raise _malformed("the frame is empty")
-    first = data[0]
-    if not (0x80 <= first <= 0x8F or first in (0xDE, 0xDF)):
-        raise _malformed("a message is one map")
-    try:
-        end = _walk(data, 0, 1, limits)
-    except IndexError:
-        end = len(data) + 1
-    if end > len(data):
-        raise _malformed("the message is truncated")
-    if end < len(data):
-        raise _malformed(f"{len(data) - end} bytes follow the message")
-
 
 def salvaged_id(data: bytes, limits: Limits) -> str:
     """The id in a message that is not decoded; ``""`` unless it stands before what is wrong."""
     try:
         first = data[0]
-        if not (0x80 <= first <= 0x8F or first in (0xDE, 0xDF)):
+        if not is_map(first):
             return ""
-        pos, values = _container(data, 0, first, limits)
+        pos, values = container(data, 0, first, limits)
         for _ in range(values // 2):
             if data[pos : pos + 3] == b"\xa2id":
-                end = _walk(data, pos + 3, 1, limits, depth=1)
+                end = walk(data, pos + 3, 1, limits, depth=1)
                 return valid_id(_unpacked(data[pos + 3 : end], _Builder(limits)), limits)
-            pos = _walk(data, pos, 2, limits, depth=1)
+            pos = walk(data, pos, 2, limits, depth=1)
     except (IndexError, WireError):
         pass
     return ""
@@ -211,9 +97,9 @@ class _Builder:
             made = _IntKeys(pairs)
             self.int_maps += 1
         else:
-            raise _malformed("a map has keys that are not strings")
+            raise malformed("a map has keys that are not strings")
         if len(made) != len(pairs):
-            raise _malformed("a map has the same key twice")
+            raise malformed("a map has the same key twice")
         return made
 
 
@@ -228,7 +114,7 @@ def decode(frames: Sequence[bytes], limits: Limits = DEFAULT_LIMITS) -> dict[str
         WireError: ``E_MALFORMED`` or ``E_LIMIT``, with the request's id if that could be read.
     """
     if not 1 <= len(frames) <= limits.frames:
-        raise _malformed(
+        raise malformed(
             f"a message is {limits.frames} frame, this one has {len(frames)}",
             limit="frames",
             value=len(frames),
@@ -245,13 +131,13 @@ def decode(frames: Sequence[bytes], limits: Limits = DEFAULT_LIMITS) -> dict[str
 
 
 def _decode(data: bytes, limits: Limits) -> dict[str, Any]:
-    _survey(data, limits)
+    survey(data, limits)
     build = _Builder(limits)
     message = _unpacked(data, build)
     if build.int_maps != isinstance(message.get("logit_bias"), _IntKeys) or isinstance(
         message, _IntKeys
     ):
-        raise _malformed("a map has keys that are not strings")
+        raise malformed("a map has keys that are not strings")
     return dict(message)
 
 
@@ -273,7 +159,7 @@ def _unpacked(data: bytes, build: _Builder) -> Any:
             max_ext_len=0,
         )
     except UnicodeDecodeError as error:
-        raise _malformed("a string is not UTF-8") from error
+        raise malformed("a string is not UTF-8") from error
     # What msgpack raises has no common base: ValueError (ExtraData, FormatError, StackError,
     # lengths), UnpackException (OutOfData, BufferFull), TypeError, OverflowError, RecursionError.
     except (
@@ -283,11 +169,11 @@ def _unpacked(data: bytes, build: _Builder) -> Any:
         RecursionError,
         msgpack.UnpackException,
     ) as error:
-        raise _malformed(f"not msgpack of this protocol ({type(error).__name__})") from error
+        raise malformed(f"not msgpack of this protocol ({type(error).__name__})") from error
 
 
 def _no_extension(code: int, data: bytes) -> NoReturn:
-    raise _malformed("extension types are not part of the protocol")
+    raise malformed("extension types are not part of the protocol")
 
 
 # ------------------------------------------------------------------------------------------- parse
