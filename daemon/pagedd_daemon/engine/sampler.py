@@ -1,10 +1,8 @@
 """Drawing a token from logits, in NumPy, the same for every backend that has logits on the CPU.
 
 Speed is the point of this file: a plain NumPy nucleus sampler costs 1.5 ms per sequence and step,
-nearly all of it for sorting a vocabulary of which a few dozen tokens matter. Here every draw first
-takes the tokens whose logit lies within a *reach* of the largest one, checks that these are enough,
-and sorts only them; where they are not enough the reach grows until they are. So the result never
-depends on the reach, which each sampler adapts to its text.
+nearly all of it for sorting a vocabulary of which a few dozen tokens matter. Here only the tokens
+that come into question are sorted (`pagedd_daemon.engine.candidates`).
 
 Ties are broken by the lowest id everywhere. Sums are float64.
 """
@@ -17,25 +15,29 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpager.types import Tokens
+from pagedd_daemon.engine.candidates import (
+    NEVER,
+    Floats,
+    Ids,
+    Row,
+    at_least,
+    prefix,
+    top_k,
+    typical,
+)
+from pagedd_daemon.engine.penalties import Penalties
 from pagedd_daemon.params import SamplingParams, StopParams
 
 if TYPE_CHECKING:
     from pagedd_daemon.engine.grammar import Matcher
 
-Row: TypeAlias = npt.NDArray[np.float32]
-"""Logits of one position, shape ``(vocab,)``."""
-Ids: TypeAlias = npt.NDArray[np.int64]
-Floats: TypeAlias = npt.NDArray[np.float64]
-
 _MASK64 = (1 << 64) - 1
-_NEVER = np.float32(-np.inf)
-_LARGEST = 3e38
 _FEW = 256
 """Candidates up to which plain Python is faster than NumPy."""
 _FIRST_REACH = 6.0
@@ -66,46 +68,6 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-class _History:
-    """The tokens that penalties look at, as parallel arrays that grow with the text."""
-
-    __slots__ = ("_slot", "counts", "ids", "prompt", "size", "tokens")
-
-    def __init__(self, prompt: Ids) -> None:
-        self.prompt = prompt
-        self._fill([])
-
-    def _fill(self, tokens: list[int]) -> None:
-        self.tokens: list[int] = []
-        self.size = self.prompt.size
-        self.ids = np.zeros(self.size + 64, np.int64)
-        self.counts = np.zeros(self.size + 64, np.float64)
-        self.ids[: self.size] = self.prompt
-        self._slot = {token: slot for slot, token in enumerate(self.prompt.tolist())}
-        for token in tokens:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        self.tokens.append(token)
-        slot = self._slot.get(token)
-        if slot is None:
-            slot = self._slot[token] = self.size
-            if slot == self.ids.size:
-                self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
-                self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)])
-            self.ids[slot] = token
-            self.size += 1
-        self.counts[slot] += 1
-
-    def rewind(self, length: int) -> None:
-        self._fill(self.tokens[:length])
-
-    def copy(self) -> _History:
-        other = _History(self.prompt)
-        other._fill(self.tokens)
-        return other
-
-
 class Sampler:
     """How the next token of one sample is drawn: its parameters and what it has generated so far.
 
@@ -121,9 +83,9 @@ class Sampler:
         "_eog_set",
         "_few",
         "_greedy",
-        "_history",
         "_key",
         "_matcher",
+        "_penalties",
         "_plain",
         "_reach",
         "_stop_mask",
@@ -176,14 +138,11 @@ class Sampler:
         self._stop_set = frozenset(stops if stop.min_tokens > 0 else ())
         self._eog_mask = np.array(sorted(self._eog_set), np.int64)
         self._stop_mask = np.array(sorted(self._stop_set), np.int64)
-        self._history: _History | None = None
-        repeats = params.repetition_penalty != 1.0
-        if repeats or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-            seen = np.unique(prompt).astype(np.int64) if repeats else np.zeros(0, np.int64)
-            self._history = _History(seen)
+        self._penalties = Penalties.of(params, prompt)
+        if self._penalties is not None:
             for token in resumed:
-                self._history.add(int(token))
-        self._plain = not bias and self._history is None and matcher is None
+                self._penalties.add(int(token))
+        self._plain = not bias and self._penalties is None and matcher is None
         self._greedy = params.temperature <= 0.0 and self._plain
         self._few = (
             self._plain
@@ -199,15 +158,15 @@ class Sampler:
         self.generated += 1
         if self._matcher is not None:
             self._matcher.accept(token)
-        if self._history is not None:
-            self._history.add(token)
+        if self._penalties is not None:
+            self._penalties.add(token)
 
     def after(self, token: int) -> Sampler:
         """This sampler as it will be once ``token`` is accepted; this one stays as it is."""
         assert self._matcher is None, "constrained rows wait for their token"
         other = copy.copy(self)
-        if self._history is not None:
-            other._history = self._history.copy()
+        if self._penalties is not None:
+            other._penalties = self._penalties.copy()
         other.accept(token)
         return other
 
@@ -215,8 +174,8 @@ class Sampler:
         """Forget the accepted tokens beyond the first ``generated``."""
         assert 0 <= generated <= self.generated
         assert self._matcher is None or generated == self.generated
-        if self._history is not None and generated < self.generated:
-            self._history.rewind(generated)
+        if self._penalties is not None and generated < self.generated:
+            self._penalties.rewind(generated)
         self.generated = generated
 
     def fork(self, index: int) -> Sampler:
@@ -225,8 +184,8 @@ class Sampler:
         other._key = _mix(_mix(self.params.seed & _MASK64) ^ index)
         if self._matcher is not None:
             other._matcher = self._matcher.copy()
-        if self._history is not None:
-            other._history = self._history.copy()
+        if self._penalties is not None:
+            other._penalties = self._penalties.copy()
         return other
 
     def uniform(self, ahead: int = 0) -> float:
@@ -251,13 +210,13 @@ class Sampler:
     @property
     def penalised(self) -> bool:
         """Whether what was seen so far changes its logits."""
-        return self._history is not None
+        return self._penalties is not None
 
     def seen(self) -> tuple[Ids, Ids]:
         """What penalties look at: distinct ids of the prompt (none where they do not count), and
         every token that was accepted."""
-        assert self._history is not None
-        return self._history.prompt, np.array(self._history.tokens, np.int64)
+        assert self._penalties is not None
+        return self._penalties.prompt, np.array(self._penalties.tokens, np.int64)
 
     def bias(self) -> tuple[Ids, Floats]:
         """Ids whose logits are raised, ascending, and by how much."""
@@ -291,22 +250,12 @@ class Sampler:
             old = row[self._bias_ids]
             before.append((self._bias_ids, old))
             row[self._bias_ids] = old + self._bias_values
-        history = self._history
-        if history is not None and history.size:
-            p = self.params
-            ids = history.ids[: history.size]
-            counts = history.counts[: history.size]
-            before.append((ids, row[ids]))
-            values = row[ids].astype(np.float64)
-            values = np.where(
-                values > 0, values / p.repetition_penalty, values * p.repetition_penalty
-            )
-            values -= counts * p.frequency_penalty + (counts > 0) * p.presence_penalty
-            row[ids] = values.clip(-_LARGEST, _LARGEST)  # penalties near 0 divide out of float32
+        if self._penalties is not None and (lowered := self._penalties.apply(row)) is not None:
+            before.append(lowered)
         masked = self.masked()
         if masked.size:
             before.append((masked, row[masked]))
-            row[masked] = _NEVER
+            row[masked] = NEVER
         return before
 
 
@@ -369,7 +318,7 @@ def with_logprobs(raw: Row, token: int, count: int) -> Drawn:
     norm = peak + math.log(float(np.exp(raw.astype(np.float64) - peak).sum()))
     top: tuple[tuple[int, float], ...] = ()
     if count:
-        ids, values, _ = _top_k(raw, peak, count, _FIRST_REACH)
+        ids, values, _ = top_k(raw, peak, count, _FIRST_REACH)
         top = tuple(zip(ids.tolist(), (values - norm).tolist(), strict=True))
     return Drawn(token, float(raw[token]) - norm, top)
 
@@ -385,26 +334,24 @@ def _sample(row: Row, sampler: Sampler) -> int:
     if 0 < p.top_k <= _FEW and p.typical_p >= 1.0 and p.top_k < row.size:
         return _sample_few(row, peak, sampler)
     if 0 < p.top_k < row.size:
-        ids, values, sampler._reach = _top_k(row, peak, p.top_k, sampler._reach)
+        ids, values, sampler._reach = top_k(row, peak, p.top_k, sampler._reach)
         if p.typical_p < 1.0:
-            ids, values = _typical(ids, values, p.typical_p)
+            ids, values = typical(ids, values, p.typical_p)
         if p.top_p < 1.0 and ids.size > 1:
             mass = np.exp(values - values[0]).cumsum()
             values = values[: int(mass.searchsorted(p.top_p * mass[-1])) + 1]
     elif p.typical_p < 1.0:
-        ids, values = _typical(*_at_least(row, -math.inf), p.typical_p)
+        ids, values = typical(*at_least(row, -math.inf), p.typical_p)
         if p.top_p < 1.0:
             mass = np.exp(values - values[0]).cumsum()
             values = values[: int(mass.searchsorted(p.top_p * mass[-1])) + 1]
     elif p.top_p < 1.0:
-        ids, values, sampler._reach = _prefix(row, peak, 1.0, p.top_p, sampler._reach)
+        ids, values, sampler._reach = prefix(row, peak, 1.0, p.top_p, sampler._reach)
     elif p.min_p > 0.0:
-        ids, values = _at_least(row, peak + math.log(p.min_p))
+        ids, values = at_least(row, peak + math.log(p.min_p))
     else:
         # The draw itself is a prefix: the smallest one that holds the random share of the mass.
-        ids, _, sampler._reach = _prefix(
-            row, peak, p.temperature, sampler.uniform(), sampler._reach
-        )
+        ids, _, sampler._reach = prefix(row, peak, p.temperature, sampler.uniform(), sampler._reach)
         return int(ids[-1])
     if p.min_p > 0.0:
         floor = values[0] + math.log(p.min_p)
@@ -425,7 +372,7 @@ def _sample_few(row: Row, peak: float, sampler: Sampler) -> int:
     p = sampler.params
     excluded = sampler.excluded()
     wanted = min(p.top_k + len(excluded), row.size)
-    nearest, values, sampler._reach = _top_k(row, peak, wanted, sampler._reach)
+    nearest, values, sampler._reach = top_k(row, peak, wanted, sampler._reach)
     ids, logits = nearest.tolist(), values.tolist()
     if not excluded.isdisjoint(ids):
         logits = [x for token, x in zip(ids, logits, strict=True) if token not in excluded]
@@ -442,80 +389,3 @@ def _sample_few(row: Row, peak: float, sampler: Sampler) -> int:
         logits = [value for value in logits if value >= floor] or [first]
     mass = list(accumulate(math.exp((value - first) / p.temperature) for value in logits))
     return int(ids[bisect_left(mass, sampler.uniform() * mass[-1])])
-
-
-def _at_least(row: Row, floor: float) -> tuple[Ids, Floats]:
-    """The tokens whose logit is at least ``floor`` (never those at -inf), most likely first."""
-    limit = np.float32(floor)
-    if limit < floor:  # the smallest float32 that is not below, so that comparing is exact
-        limit = np.nextafter(limit, np.float32(np.inf))
-    ids = (row >= limit).nonzero()[0]
-    values = row[ids]
-    order = (-values).argsort(kind="stable")
-    if values[order[-1]] == _NEVER:
-        order = order[: int((values != _NEVER).sum())]
-    return ids[order], values[order].astype(np.float64)
-
-
-def _top_k(row: Row, peak: float, k: int, reach: float) -> tuple[Ids, Floats, float]:
-    """The ``k`` most likely tokens, most likely first, and the reach to begin with next time."""
-    ids = (row >= peak - reach).nonzero()[0]
-    if ids.size < k:
-        ids = (row >= peak - 1.5 * reach).nonzero()[0]
-    if ids.size < k:
-        # A steep or unusual distribution: ask for the k-th logit itself.
-        ids = (row >= np.partition(row, row.size - k)[row.size - k]).nonzero()[0]
-    values = row[ids]
-    if ids.size > 2 * k:
-        near = (values >= np.partition(values, ids.size - k)[ids.size - k]).nonzero()[0]
-        ids, values = ids[near], values[near]
-    order = (-values).argsort(kind="stable")[:k]
-    ids, values = ids[order], values[order]
-    if values[-1] == _NEVER:
-        real = int((values != _NEVER).sum())
-        ids, values = ids[:real], values[:real]
-    # A little more than was needed, followed slowly: too far costs sorting, too near a retry.
-    needed = 1.1 * (peak - float(values[-1])) + 0.1
-    reach = reach + 0.25 * (needed - reach) if needed < reach else needed
-    return ids, values.astype(np.float64), reach
-
-
-def _prefix(
-    row: Row, peak: float, temperature: float, share: float, reach: float
-) -> tuple[Ids, Floats, float]:
-    """The fewest tokens, most likely first, whose mass at ``temperature`` is at least ``share``.
-
-    Also the reach to begin with next time.
-    """
-    target = share * float(np.exp((row.astype(np.float64) - peak) / temperature).sum())
-    while True:
-        ids, values = _at_least(row, peak - reach)
-        mass = np.exp((values - peak) / temperature).cumsum()
-        if mass[-1] >= target:
-            break
-        if reach == math.inf:
-            # Summed in another order the whole can miss a share of nearly 1 by an ulp.
-            target = float(mass[-1])
-            break
-        reach = reach * 2.0 if reach < 64.0 * max(1.0, temperature) else math.inf
-    end = int(mass.searchsorted(target)) + 1
-    needed = 1.25 * (peak - float(values[end - 1])) + 0.25
-    reach = needed if math.isinf(reach) else reach + 0.25 * (needed - reach)
-    return ids[:end], values[:end], reach
-
-
-def _typical(ids: Ids, values: Floats, share: float) -> tuple[Ids, Floats]:
-    """Locally typical sampling (arXiv 2202.00666) over tokens sorted most likely first.
-
-    Keeps tokens in order of how near their surprise is to the entropy until their mass exceeds
-    ``share``; like llama.cpp, at least one, and more than the share rather than exactly it.
-    """
-    logs = values - values[0]
-    logs -= math.log(float(np.exp(logs).sum()))
-    mass = np.exp(logs)
-    # A token too unlikely for float64 has mass 0: 0 * log is 0 here, as in the limit.
-    entropy = -float((mass * logs).sum())
-    order = np.abs(-logs - entropy).argsort(kind="stable")
-    kept = int(mass[order].cumsum().searchsorted(share, side="right")) + 1
-    chosen = np.sort(order[:kept])
-    return ids[chosen], values[chosen]
