@@ -14,7 +14,8 @@ from kvpager.types import CopyBlock, Load, Page, Release, Store, Tier
 from pagedd_daemon.backends import load_backend
 from pagedd_daemon.backends.base import Draw, ModelLoadError, Run, Step, StepFaultError
 from pagedd_daemon.backends.chain import ContentError
-from pagedd_daemon.backends.simulated import Faults, SimulatedBackend
+from pagedd_daemon.backends.simulated import SimulatedBackend
+from pagedd_daemon.backends.simulated_faults import Faults
 from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.messages import Configure
 from tests.support.driver import Driver, Scenario

@@ -16,7 +16,8 @@ from pagedd_daemon.backends.base import Backend
 from pagedd_daemon.backends.llama import LlamaBackend
 from pagedd_daemon.backends.llama_api import SEQUENCE_IDS
 from pagedd_daemon.backends.paged.load import BLOCK_TOKENS, Wishes, serve
-from pagedd_daemon.backends.simulated import BYTES_PER_TOKEN, Faults, SimulatedBackend
+from pagedd_daemon.backends.simulated import BYTES_PER_TOKEN, SimulatedBackend
+from pagedd_daemon.backends.simulated_faults import Faults
 from pagedd_daemon.memory_file import create_memory
 from pagedd_daemon.messages import Configure
 from tests.support.driver import Driver

@@ -6,8 +6,8 @@ last hash and from one hash of every full page. So a wrong block table, a missed
 lost or exchanged page give other tokens than a plain run, as they would with a model, and with
 ``verify`` they raise `ContentError` at the step that meets them.
 
-Copies between the tiers happen when they are polled and not when they are asked for, which is the
-latest a real device might read or write: a block that is reused too early shows.
+Its memory is `pagedd_daemon.backends.simulated_pages`, what it says
+`pagedd_daemon.backends.simulated_logits`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,18 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpager.types import (
     Adopt,
-    CopyBlock,
     Instruction,
-    Load,
     PageName,
-    Shrunk,
     Spill,
     Store,
-    Tier,
     Tokens,
 )
 from pagedd_daemon.backends.base import (
@@ -50,15 +45,17 @@ from pagedd_daemon.backends.base import (
     StepResult,
     TransferResult,
 )
-from pagedd_daemon.backends.chain import POISON, Oracle, chain, mix, noise
+from pagedd_daemon.backends.chain import POISON, Oracle, chain, mix
+from pagedd_daemon.backends.simulated_embedder import SimulatedEmbedder
+from pagedd_daemon.backends.simulated_faults import Faults
+from pagedd_daemon.backends.simulated_logits import Logits
+from pagedd_daemon.backends.simulated_pages import SimulatedPages
 from pagedd_daemon.engine.sampler import Drawn, Sampler, draw
 from pagedd_daemon.engine.scoring import score
-from pagedd_daemon.engine.tiers.disk import Blob, DiskTier, Moved, filled
 from pagedd_daemon.engine.tiers.diskfile import READERS
 from pagedd_daemon.engine.tiers.opening import Disk, DiskWishes, open_disk
-from pagedd_daemon.engine.tiers.ram import RamStore
 from pagedd_daemon.engine.tiers.ranges import UNIT
-from pagedd_daemon.engine.tiers.records import Record, bind
+from pagedd_daemon.engine.tiers.records import bind
 from pagedd_daemon.messages import Configure
 
 BLOCK_TOKENS = 16
@@ -67,34 +64,8 @@ BYTES_PER_TOKEN = 8192
 DEFAULT_VOCAB = 512
 DEFAULT_CONTEXT = 8192
 DEFAULT_KV_TOKENS = 32768
-_EOG_EVERY = 256
-"""One in so many positions wants to end the text."""
-_MULTIBYTE_EVERY = 24
-"""One in so many characters is not ASCII."""
 _SPIN_S = 100e-6
 """`time.sleep` wakes up to this much late; the rest of a wait is spun."""
-
-# What must follow a byte, so that most text is valid UTF-8: é, €, 😀.
-_FOLLOWS = {0xC3: 0xA9, 0xE2: 0x82, 0x82: 0xAC, 0xF0: 0x9F, 0x9F: 0x98, 0x98: 0x80}
-_LEADS = (0xC3, 0xE2, 0xF0)
-
-
-@dataclass(slots=True)
-class Faults:
-    """What shall go wrong. Steps and transfers are counted from 0; may be changed at any time."""
-
-    steps: set[int] = field(default_factory=set)
-    """Steps that fail, leaving rubbish in every cell they were to write."""
-    transfers: set[int] = field(default_factory=set)
-    """Transfers that fail, leaving rubbish where they were to write."""
-    nan_sequences: set[int] = field(default_factory=set)
-    """Sequences whose logits are NaN."""
-    hang_at_step: int = -1
-    """The step that never ends."""
-    most_runs: int = 0
-    """Runs of a step that there is memory for; 0: any number."""
-    delay_polls: int = 0
-    """Calls of ``poll_transfers`` that a transfer outlasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,42 +86,6 @@ def wait_until(moment: float) -> None:
         time.sleep(nap)
     while time.perf_counter() < moment:
         pass
-
-
-def _of_disk(transfer: Store | Load | Spill) -> bool:
-    return isinstance(transfer, Spill) or transfer.tier is Tier.DISK
-
-
-class _Embedder:
-    """Vectors that depend on every token and its position, and on nothing else."""
-
-    dimensions = 64
-
-    def __init__(
-        self,
-        step_s: float,
-        token_s: float,
-        clock: Callable[[], float],
-        wait: Callable[[float], None],
-    ) -> None:
-        self._step_s = step_s
-        self._token_s = token_s
-        self._clock = clock
-        self._wait = wait
-
-    def begin(self, tokens: int) -> None:
-        """See `Embedder`."""
-
-    def add(self, start: int, tokens: Tokens) -> npt.NDArray[np.float64]:
-        """See `Embedder`."""
-        self._wait(self._clock() + self._step_s + self._token_s * len(tokens))
-        total = np.zeros(self.dimensions)
-        for at, token in enumerate(tokens.tolist(), start):
-            total += np.random.Generator(np.random.Philox((at << 32) + token)).random(64) - 0.5
-        return total
-
-    def rest(self) -> None:
-        """See `Embedder`."""
 
 
 class SimulatedBackend:
@@ -188,39 +123,27 @@ class SimulatedBackend:
             wait: Returns when ``clock()`` has reached its argument.
         """
         self._caps = capabilities
-        self._step_s, self._token_s, self._page_s = step_s, token_s, page_s
+        self._step_s, self._token_s = step_s, token_s
         self.faults = faults or Faults()
         self.elastic = elastic
-        self.embedder: Embedder | None = _Embedder(step_s, token_s, clock, wait)
+        self.embedder: Embedder | None = SimulatedEmbedder(step_s, token_s, clock, wait)
         """See `Backend`."""
         self._clock, self._wait = clock, wait
-        shape = (capabilities.gpu_blocks, capabilities.block_tokens)
-        self._cells = np.full(shape, POISON, np.uint64)
-        binding = bind(capabilities.name, capabilities.model_digest, shape[1])
-        slots = capabilities.ram_blocks
-        budget = slots * capabilities.block_bytes
-        self._store = RamStore(ram_fd, budget, binding, slots)
-        self._page_bytes = 8 * shape[1]
-        pages = self._store.data[: slots * self._page_bytes].view(np.uint64)
-        self._ram = pages.reshape(slots, shape[1])
-        self._found = tuple((record.slot, record.name) for record in self._store.found)
-        self._stored: set[int] = {slot for slot, _ in self._found}
-        self._oracle = Oracle(shape[1]) if verify else None
+        self._pages = SimulatedPages(
+            capabilities, page_s=page_s, ram_fd=ram_fd, disk=disk, faults=self.faults
+        )
+        self._cells = self._pages.cells
+        self._oracle = Oracle(capabilities.block_tokens) if verify else None
         self._spoilt: set[int] = set()
         """Sequences of a failed step that nobody was told of yet: a step launched upon it reads
         rubbish, and nothing of it is used."""
         self._steps = 0
-        self._transfers = 0
-        self._pending: deque[tuple[Store | Load | Spill, int, int]] = deque()
-        self._disk = disk or Disk()
-        self._on_disk: dict[int, Store | Load | Spill] = {}
-        self._polls = 0
         self._busy_until = 0.0
         """When the device has done all that was launched."""
         self._tokens: dict[int, int] = {}
         """What the last step drew for each of its sequences that has one draw."""
-        self._noise = noise(1 << 16, capabilities.vocab_size)
-        self._logits = np.zeros((16, capabilities.vocab_size), np.float32)
+        self._logits = Logits(capabilities.vocab_size, capabilities.eog_tokens)
+        self._rows = np.zeros((16, capabilities.vocab_size), np.float32)
 
     @classmethod
     def from_configure(
@@ -286,121 +209,36 @@ class SimulatedBackend:
 
     def apply(self, instructions: Iterable[Instruction]) -> None:
         """See `Backend`."""
-        for instruction in instructions:
-            match instruction:
-                case CopyBlock(src=src, dst=dst, tokens=tokens):
-                    self._cells[dst] = POISON
-                    self._cells[dst, :tokens] = self._cells[src, :tokens]
-                case Store() | Load() | Spill():
-                    ready = self._polls + self.faults.delay_polls
-                    self._pending.append((instruction, self._transfers, ready))
-                    self._transfers += 1
-                case Shrunk(gpu_blocks=end):
-                    # As if the memory were given back: whatever still reads it will show.
-                    self._cells[end:] = POISON
-                case _:
-                    pass
+        self._pages.apply(instructions)
 
     def poll_transfers(self) -> list[TransferResult]:
-        """See `Backend`. Here is where the copies happen."""
-        ended: list[TransferResult] = []
-        while self._pending and self._pending[0][2] <= self._polls:
-            transfer, number, _ = self._pending.popleft()
-            ok = number not in self.faults.transfers
-            if self._disk.tier is not None and ok and _of_disk(transfer):
-                self._ask_disk(self._disk.tier, transfer)
-                continue
-            self._copy(transfer, ok)
-            seconds = self._page_s * len(transfer.pages)
-            ended.append(TransferResult(transfer.transfer, ok, seconds))
-        if self._disk.tier is not None:
-            ended += [self._moved(moved) for moved in self._disk.tier.poll()]
-        self._polls += 1
-        return ended
-
-    def _ask_disk(self, tier: DiskTier, transfer: Store | Load | Spill) -> None:
-        self._on_disk[transfer.transfer] = transfer
-        if isinstance(transfer, Load):
-            tier.get(transfer.transfer, (page.slot for page in transfer.pages))
-            return
-        if isinstance(transfer, Store):
-            pages = [(self._cells[page.block], page.slot, page.tokens) for page in transfer.pages]
-        else:
-            pages = [(self._ram[move.source], move.target, move.tokens) for move in transfer.pages]
-        blobs = [Blob(cells.view(np.uint8).copy(), {slot: (0, n)}, n) for cells, slot, n in pages]
-        tier.put(transfer.transfer, blobs)
-
-    def _moved(self, moved: Moved) -> TransferResult:
-        """The disk has done its part."""
-        transfer = self._on_disk.pop(moved.transfer)
-        if isinstance(transfer, Load):
-            assert self._disk.tier is not None
-            data = {id(extent): data for extent, data in moved.read}
-            for page in transfer.pages:
-                self._cells[page.block] = POISON
-                if moved.ok:
-                    n, cells = page.tokens, data[id(self._disk.tier.at(page.slot))]
-                    self._cells[page.block, :n] = cells.view(np.uint64)[:n]
-        return TransferResult(moved.transfer, moved.ok, self._page_s * len(transfer.pages))
-
-    def _copy(self, transfer: Store | Load | Spill, ok: bool) -> None:
-        if isinstance(transfer, Spill) or transfer.tier is Tier.DISK:
-            ok = False  # there is none
-        for page in () if isinstance(transfer, Spill) else transfer.pages:
-            n = page.tokens
-            if isinstance(transfer, Store) and transfer.tier is Tier.DISK:
-                continue
-            if isinstance(transfer, Store):
-                self._store.clear((page.slot,))
-                self._ram[page.slot] = POISON
-                if ok:
-                    self._ram[page.slot, :n] = self._cells[page.block, :n]
-                    self._stored.add(page.slot)
-            else:
-                self._cells[page.block] = POISON
-                if ok:
-                    self._cells[page.block, :n] = self._ram[page.slot, :n]
+        """See `Backend`."""
+        return self._pages.poll_transfers()
 
     def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
         """See `Backend`."""
-        if _of_disk(transfer):
-            for slot, name in zip(filled(transfer), names, strict=True):
-                if name is not None and self._disk.tier is not None:
-                    self._disk.tier.commit(slot, name)
-        elif isinstance(transfer, Store):
-            for page, name in zip(transfer.pages, names, strict=True):
-                if name is not None:
-                    size = self._page_bytes
-                    at = page.slot * size
-                    self._store.commit(Record(page.slot, name, page.tokens, at, size))
+        self._pages.commit(transfer, names)
 
     def adoptable(self) -> list[Adopt]:
         """See `Backend`."""
-        found = [Adopt(Tier.RAM, self._found)]
-        if self._disk.tier is not None:
-            found.append(self._disk.tier.adoptable())
-        return found
+        return self._pages.adoptable()
 
     def troubles(self) -> list[str]:
         """See `Backend`."""
-        return self._disk.troubles()
+        return self._pages.troubles()
 
     def memory(self) -> MemoryReport:
         """See `Backend`; what a model with `BYTES_PER_TOKEN` would take."""
         size = self._caps.block_bytes
-        return MemoryReport(0, self._caps.gpu_blocks * size, len(self._stored) * size)
+        return MemoryReport(0, self._caps.gpu_blocks * size, len(self._pages.stored) * size)
 
     def counters(self) -> dict[str, int]:
         """See `Backend`."""
-        return self._disk.counters()
+        return self._pages.counters()
 
     def close(self) -> None:
         """See `Backend`."""
-        self._pending.clear()
-        self._stored.clear()
-        self._ram = np.empty((0, self._caps.block_tokens), np.uint64)
-        self._store.close()
-        self._disk.close()
+        self._pages.close()
 
     # ----------------------------------------------------------------------------------------- step
 
@@ -447,14 +285,14 @@ class SimulatedBackend:
             last = self._advance(run)
             if not run.draws:
                 continue
-            if rows == len(self._logits):
-                self._logits = np.concatenate([self._logits, np.zeros_like(self._logits)])
-            self._fill(self._logits[rows], run, last)
+            if rows == len(self._rows):
+                self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            self._fill(self._rows[rows], run, last)
             for one in run.draws:
                 sequences.append(one.seq)
                 wanted.append((rows, one.sampler))
             rows += 1
-        drawn = draw(self._logits[:rows], wanted) if rows else []
+        drawn = draw(self._rows[:rows], wanted) if rows else []
         self._tokens = {seq: one.token for seq, one in zip(sequences, drawn, strict=True)}
         return list(zip(sequences, drawn, strict=True))
 
@@ -500,33 +338,11 @@ class SimulatedBackend:
         self._cells[run.block_table[at // size], at % size] = cells
 
     def _fill(self, row: npt.NDArray[np.float32], run: Run, last: int) -> None:
-        """The logits after a run: noise and three favourites, all by hash of the content."""
+        """The logits after a run."""
         if run.seq in self.faults.nan_sequences:
             row.fill(np.nan)
             return
         length = run.start + len(run.tokens)
         full = run.block_table[: length // self._caps.block_tokens]
         pages = int(self._cells[full, -1].sum()) if full.size else 0
-        h = mix(last ^ pages)
-        offset = h & 0xFFFF
-        row[:] = self._noise[offset : offset + row.size]
-        follower = _FOLLOWS.get(run.tokens.item(-1))
-        if follower is not None and row.size >= 256:
-            row[follower] = 25.0
-        else:
-            for height in (11.0, 9.5, 9.0):
-                h = mix(h)
-                row[self._favourite(h)] = height
-        eog = self._caps.eog_tokens
-        for token in eog:
-            row[token] = -20.0
-        if eog and follower is None and (h >> 32) % _EOG_EVERY == 0:
-            row[min(eog)] = 30.0
-
-    def _favourite(self, h: int) -> int:
-        """An id that text of this vocabulary might have here."""
-        if self._caps.vocab_size < 256:
-            return h % self._caps.vocab_size
-        if h % _MULTIBYTE_EVERY == 0:
-            return _LEADS[(h >> 8) % len(_LEADS)]
-        return 32 + (h >> 8) % 95
+        self._logits.fill(row, mix(last ^ pages), run.tokens.item(-1))

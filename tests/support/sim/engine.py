@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from pagedd_daemon import messages as m
-from pagedd_daemon.backends.simulated import Faults, SimulatedBackend
+from pagedd_daemon.backends.simulated import SimulatedBackend
+from pagedd_daemon.backends.simulated_faults import Faults
 from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.engine.tiers.opening import Disk
 from pagedd_daemon.front.engine_link import EngineListener

@@ -9,7 +9,8 @@ import random
 from collections import Counter
 from dataclasses import replace
 
-from pagedd_daemon.backends.simulated import BLOCK_TOKENS, Faults
+from pagedd_daemon.backends.simulated import BLOCK_TOKENS
+from pagedd_daemon.backends.simulated_faults import Faults
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.config_model import AppSettings, ConfigFile, UnknownApps
 from pagedd_daemon.front.identity import Program
