@@ -43,6 +43,9 @@ class Configure:
     """Where its file lies."""
     disk_persist: bool = False
     """Whether it outlives the engine (`pagedd_daemon.engine.tiers.store`)."""
+    disk_eras: list[tuple[int, int]] = field(default_factory=list)
+    """Users who have cleared what they had there, and their era: pages of earlier ones are erased
+    when it is opened (`pagedd_daemon.owners`)."""
     vram_bytes: int = 0
     """torch only: device memory that the engine may take, weights included; 0: what there is."""
     write_through: bool = True
@@ -84,6 +87,8 @@ class App:
     """Of the first tier, for its namespace; 0 for none."""
     root: bytes
     """Its namespace's salt, as in `Submit`."""
+    owner: int
+    """Whose pages its requests leave, as in `Submit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,8 @@ class Submit:
     prompt_logprobs: int = -1
     """-1: none. k >= 0: the log-probability of each token of the prompt but the first, and the k
     most likely ones (`PromptScores`). Then all of it is computed, whatever is cached."""
+    owner: int = 0
+    """Whose pages it leaves (`pagedd_daemon.owners`)."""
     hold: bool = False
     """When it has ended and was not cancelled, its KV stays in a lower tier until `Drop`."""
 

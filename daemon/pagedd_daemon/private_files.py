@@ -8,8 +8,9 @@ import stat
 from pathlib import Path
 
 SECRET_BYTES = 32
-STORE_NAME, KEY_NAME = "prefixes.kv", "prefixes.key"
-"""The store of prefixes that outlives the daemon, and the key that its page names come from."""
+STORE_NAME, KEY_NAME, ERAS_NAME = "prefixes.kv", "prefixes.key", "prefixes.eras"
+"""The store of prefixes that outlives the daemon, the key that its page names come from, and how
+often users have cleared what was theirs in it."""
 
 
 class NotPrivateError(OSError):

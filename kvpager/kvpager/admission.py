@@ -102,7 +102,7 @@ class Admission:
             return
         state = self._seqs.create(event.seq, event.root, event.klass, event.group)
         state.ids = event.width
-        state.whole, state.fresh = event.whole, event.fresh
+        state.whole, state.fresh, state.owner = event.whole, event.fresh, event.owner
         state.chain = chain
         state.learn(0, event.tokens)
         state.found = len(plan.blocks)

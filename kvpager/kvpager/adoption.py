@@ -51,7 +51,7 @@ def _place(pool: Pool, tier: LowerTier, slot: int, name: PageName) -> bool:
     """Enter a page into the index; False if this tier has it already."""
     node = pool.index.find(name.digest)
     if node < 0:
-        node = pool.index.add_after(name.digest, name.before)
+        node = pool.index.add_after(name.digest, name.before, name.owner)
     elif pool.index.where[tier.tier][node] >= 0:
         return False
     tier.name(slot, node)

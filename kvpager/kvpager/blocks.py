@@ -32,20 +32,26 @@ class LruList:
     """An intrusive doubly linked list over ``range(size)``: oldest first, every operation O(1) but
     for `put_back`.
 
-    The element ``size`` is the sentinel; an element outside the list has no successor (-1).
+    The sentinel is an element behind those; an element outside the list has no successor (-1).
     """
 
     __slots__ = ("_last", "_next", "_prev", "_sentinel", "_stamp", "_stamps", "count")
 
-    def __init__(self, size: int) -> None:
-        self._sentinel = size
-        self._prev = zeros("i", size + 1, -1)
-        self._next = zeros("i", size + 1, -1)
-        self._prev[size] = self._next[size] = size
-        self._stamp = zeros("q", size)
-        """When each element came, by a count of all that did; kept when it is taken out."""
+    def __init__(self, size: int, beside: LruList | None = None) -> None:
+        """An empty list; ``beside``: another one, of which no element is in this one too: they
+        share their links, and one more costs nothing but a sentinel."""
+        if beside is None:
+            self._prev = zeros("i", size, -1)
+            self._next = zeros("i", size, -1)
+            self._stamp = zeros("q", size)
+            """When each element came, by a count of all that did; kept when it is taken out."""
+        else:
+            self._prev, self._next, self._stamp = beside._prev, beside._next, beside._stamp
+        self._sentinel = len(self._prev)
+        self._prev.append(self._sentinel)
+        self._next.append(self._sentinel)
         self._stamps = 0
-        self._last = size
+        self._last = self._sentinel
         """The element that was put back last."""
         self.count = 0
 

@@ -79,7 +79,7 @@ class Endings:
     ) -> None:
         seqs = self._seqs
         child = seqs.create(seq, parent.root, parent.klass, parent.group)
-        child.whole = parent.whole
+        child.whole, child.owner = parent.whole, parent.owner
         full = computed // self._size
         child.chain = parent.chain[: full * DIGEST]
         child.learn(0, parent.known[: full * self._size])

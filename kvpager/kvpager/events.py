@@ -35,6 +35,9 @@ class Admit:
     whole: bool = False
     """Its group is of use only as a whole (beams: none goes on before all have): after a preemption
     it is `Deferred` until there is room for everybody."""
+    owner: int = 0
+    """Whose pages they are, in its low 32 bits: room on disk is taken from whoever has most there.
+    What stands above them, up to 2^31, the caller may tell pages of one owner apart by."""
     fresh: bool = False
     """Every token of the prompt is to be computed, since the logits after each are wanted: none is
     taken from the cache, and after a preemption none but those that it has computed itself."""
@@ -193,6 +196,8 @@ class PageName:
     before: bytes | None
     """The digest of the page in front of it; None for the first of a chain, and where it is not
     known any more."""
+    owner: int = 0
+    """`Admit.owner` of whoever computed it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,6 +301,12 @@ class _Check:
         self.require(len(free) == len(tier.free), "a slot is free twice")
         self.require(len(cached) == tier.cached.count == len(set(cached)), "order of cached slots")
         self.require(tier.held == len(holds), f"{tier.held} slots held, not {len(holds)}")
+        if tier.tier is Tier.DISK:
+            kept = (slot for slot in range(tier.total) if tier.node[slot] >= 0)
+            owned = Counter(
+                self.pool.index.owner[tier.node[slot]] for slot in kept if not tier.holds[slot]
+            )
+            self.require(tier.owned() == owned, f"{tier.owned()} slots by owner, not {owned}")
         for slot in range(tier.total):
             state, name = SlotState(tier.state[slot]), f"{tier.tier.name} slot {slot}"
             self.require((slot in free) == (state is SlotState.FREE), f"{name}: free stack")

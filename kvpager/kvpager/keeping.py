@@ -77,7 +77,7 @@ class Keeping:
             ):
                 missing.append(i)
         for i in missing:
-            place = pool.take_below(swap=False)
+            place = pool.take_below(state.owner, swap=False)
             if place is None:
                 break  # pages behind a missing one would never be found
             self._name(state, i, nodes[i], place)
@@ -120,7 +120,7 @@ class Keeping:
             if known is not None:
                 held.append(known)
                 continue
-            fresh = pool.take_below(swap=True)
+            fresh = pool.take_below(state.owner, swap=True)
             assert fresh is not None
             fresh.tier.hold(fresh.slot)
             if i < full:
@@ -208,7 +208,7 @@ class Keeping:
                 self._seqs.unsaved[state.id] = state
                 break
             if self._pool.below(node) is None:
-                slot = ram.take(swap=False, evict=Evict.OLD)
+                slot = ram.take(swap=False, evict=Evict.OLD, owner=state.owner)
                 if slot < 0:
                     break  # pages behind a missing one would never be found
                 self._name(state, i, node, Place(ram, slot))
@@ -243,7 +243,7 @@ class Keeping:
                 # A page that has a slot of RAM too is saved from there.
                 if block not in pool.blocks.cached or pool.below(node) is not None:
                     continue
-                slot = pool.disk.take(swap=False, evict=Evict.OLD)
+                slot = pool.disk.take(swap=False, evict=Evict.OLD, owner=pool.index.owner[node])
                 if slot < 0:
                     break
                 pool.disk.name(slot, node)
@@ -257,7 +257,7 @@ class Keeping:
                 node = pool.ram.node[source]
                 if node < 0 or not pool.ram.ready(source) or on_disk[node] >= 0:
                     continue
-                target = pool.disk.take(swap=False, evict=Evict.OLD)
+                target = pool.disk.take(swap=False, evict=Evict.OLD, owner=pool.index.owner[node])
                 if target < 0:
                     break
                 pool.disk.name(target, node)
@@ -270,10 +270,11 @@ class Keeping:
         pool = self._pool
         pages: dict[Tier, list[Page]] = defaultdict(list)
         for block in pool.dirty_blocks(depth, _WRITE_BACK_MOST):
-            place = pool.take_below(swap=False, background=True)
+            node = pool.blocks.node[block]
+            place = pool.take_below(pool.index.owner[node], swap=False, background=True)
             if place is None:
                 break
-            place.tier.name(place.slot, pool.blocks.node[block])
+            place.tier.name(place.slot, node)
             pool.begin_write_back(block)
             pages[place.tier.tier].append(Page(0, block, place.slot, self._size))
         for tier, stored in pages.items():
@@ -284,14 +285,16 @@ class Keeping:
         on_disk = self._pool.index.where[Tier.DISK]
         moves: list[Move] = []
         for source in _first(ram, depth):
-            if on_disk[ram.node[source]] >= 0:
+            node = ram.node[source]
+            if on_disk[node] >= 0:
                 continue
             if len(moves) == _WRITE_BACK_MOST:
                 break
-            target = disk.take(swap=False, evict=Evict.OLD)
+            owner = self._pool.index.owner[node]
+            target = disk.take(swap=False, evict=Evict.OLD, owner=owner)
             if target < 0:
                 break
-            disk.name(target, ram.node[source])
+            disk.name(target, node)
             ram.pin(source)
             moves.append(Move(source, target, self._size))
         if moves:

@@ -157,9 +157,9 @@ class Pager:
                 event.seq,
                 f"Admit needs int32 tokens of shape (n,), not {tokens.dtype} {tokens.shape}",
             )
-        if len(event.root) != DIGEST or event.width < 1:
+        if len(event.root) != DIGEST or event.width < 1 or not 0 <= event.owner < 1 << 63:
             raise self._seqs.impossible(
-                event.seq, "Admit needs a root of 32 bytes and a width >= 1"
+                event.seq, "Admit needs a root of 32 bytes, a width >= 1 and an owner of 63 bits"
             )
 
     def _resume(self, event: Resume, out: list[Instruction]) -> None:
@@ -269,7 +269,12 @@ class Pager:
             return None
         index = self._pool.index
         parent = index.parent[node]
-        return PageName(index.digest(node), index.digest(parent) if parent >= 0 else None)
+        before = index.digest(parent) if parent >= 0 else None
+        return PageName(index.digest(node), before, index.owner[node])
+
+    def owned(self) -> dict[int, int]:
+        """How many pages on disk each `Admit.owner` has that no sequence holds."""
+        return self._pool.disk.owned()
 
     def story(self, seq: int) -> tuple[str, ...]:
         """The last events of a sequence, oldest first; of an ended one too, for a while."""

@@ -188,18 +188,19 @@ class Pool:
 
     # ------------------------------------------------------------------------------- pages
 
-    def register(self, block: int, digest: bytes, before: bytes | None) -> None:
+    def register(self, block: int, digest: bytes, before: bytes | None, owner: int) -> None:
         """``block``, which is full and held, may be shared as the page ``digest``.
 
         Args:
             block: The block.
             digest: Its name.
             before: The name of the page in front of it, None for the first.
+            owner: Whose it is, unless it is there already.
         """
         arrays, index = self.blocks, self.index
         node = index.find(digest)
         if node < 0:
-            node = index.add_after(digest, before)
+            node = index.add_after(digest, before, owner)
         twin = index.where[Tier.GPU][node]
         if twin < 0:
             index.place(node, Tier.GPU, block)
@@ -238,15 +239,15 @@ class Pool:
                     return Place(tier, slot)
         return None
 
-    def take_below(self, *, swap: bool, background: bool = False) -> Place | None:
-        """A slot to fill, in the fastest tier with room; None if there is none.
+    def take_below(self, owner: int, *, swap: bool, background: bool = False) -> Place | None:
+        """A slot for a page of ``owner``, in the fastest tier with room; None if there is none.
 
         A page is evicted for it only if every tier is full, or it is in another tier too; in
         background, only if no higher tier has it.
         """
         for evict in (Evict.OLD,) if background else (Evict.COPIES, Evict.ANY):
             for tier in self.lower.values():
-                slot = tier.take(swap=swap, evict=evict)
+                slot = tier.take(swap=swap, evict=evict, owner=owner)
                 if slot >= 0:
                     return Place(tier, slot)
         return None

@@ -3,7 +3,7 @@
 A page is named by a SHA-256 chain over the raw little-endian int32 token ids of its block and all
 blocks before it, rooted in a secret of 32 bytes (`Admit.root`), so that equal names mean equal
 content, and nobody without the root can guess one. Pages are nodes in flat arrays with a chained
-hash table over them; a node costs 72 bytes and no Python object.
+hash table over them; a node costs 80 bytes and no Python object.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class PageIndex:
         self._free = array("i", range(capacity - 1, -1, -1))
         self.parent = zeros("i", capacity, -1)
         """Node of the page before this one, -1 at the start of a chain or for an orphan."""
+        self.owner = zeros("q", capacity)
+        """Whose page it is: `Admit.owner`."""
         self.where = tuple(zeros("i", capacity, _NOWHERE) for _ in Tier)
         """By tier: the block or slot that holds the page, -1 for none."""
         self.children = tuple(zeros("i", capacity) for _ in Tier)
@@ -83,7 +85,7 @@ class PageIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of bookkeeping."""
-        per_node = DIGEST + 4 * (3 + 2 * len(Tier))
+        per_node = DIGEST + 4 * (3 + 2 * len(Tier)) + self.owner.itemsize
         return per_node * self.capacity + 4 * len(self._heads)
 
     def digest(self, node: int) -> bytes:
@@ -117,7 +119,7 @@ class PageIndex:
             found[pending[same]] = at[same]
             pending, at = pending[~same], self._following_view[at[~same]]
 
-    def add(self, digest: bytes, parent: int) -> int:
+    def add(self, digest: bytes, parent: int, owner: int = 0) -> int:
         """A node for a page that is about to be placed in a tier."""
         # One node per block of all tiers suffices: a node lives only while its page is resident.
         node = self._free.pop()
@@ -126,11 +128,12 @@ class PageIndex:
         self._following[node] = self._heads[bucket]
         self._heads[bucket] = node
         self.parent[node] = parent
+        self.owner[node] = owner
         return node
 
-    def add_after(self, digest: bytes, before: bytes | None) -> int:
+    def add_after(self, digest: bytes, before: bytes | None, owner: int) -> int:
         """A node for a page that continues the page ``before``, None for the first of a chain."""
-        return self.add(digest, -1 if before is None else self.find(before))
+        return self.add(digest, -1 if before is None else self.find(before), owner)
 
     def place(self, node: int, tier: Tier, slot: int) -> None:
         """The page is resident in ``tier`` from now on."""

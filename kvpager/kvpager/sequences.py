@@ -50,6 +50,7 @@ class SequenceState:
         "known_tokens",
         "loads",
         "order",
+        "owner",
         "pending",
         "preemptions",
         "restore",
@@ -77,6 +78,8 @@ class SequenceState:
         self.group = group
         self.whole = False
         self.fresh = False
+        """See `kvpager.types.Admit`."""
+        self.owner = 0
         """See `kvpager.types.Admit`."""
         self.order = order
         """Serial number of the admission."""
@@ -120,11 +123,11 @@ class SequenceState:
         """The block table: int32, shape ``(blocks,)``, a view."""
         return self.table[: self.blocks]
 
-    def names(self, index: int) -> tuple[bytes, bytes | None]:
-        """The digest of its page ``index``, and that of the page in front of it."""
+    def names(self, index: int) -> tuple[bytes, bytes | None, int]:
+        """The digest of its page ``index``, that of the page in front of it, and whose it is."""
         at = index * DIGEST
         before = bytes(self.chain[at - DIGEST : at]) if index else None
-        return bytes(self.chain[at : at + DIGEST]), before
+        return bytes(self.chain[at : at + DIGEST]), before, self.owner
 
     def extend_table(self, blocks: Sequence[int]) -> None:
         """Append to the block table."""

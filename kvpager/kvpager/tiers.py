@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kvpager.blocks import LruList, zeros
 from kvpager.figures import CellState, TierMap
+from kvpager.owners import ByOwner
 from kvpager.prefix import PageIndex
 from kvpager.types import Tier, TierUsage
 
@@ -58,6 +59,10 @@ class LowerTier:
     A slot is *held* by swapped-out sequences that need it to resume, and *pinned* by transfers in
     flight. A page that is neither is cached: reclaimed leaf first, least recently used first. An
     overwritten slot needs no instruction.
+
+    On disk, room for a page is taken from the owner who has most pages there, so that nobody can
+    push out those of another: who has no more than an equal part keeps it, whatever others store.
+    With one owner this is the order in which all were used.
     """
 
     def __init__(self, tier: Tier, total: int, swap_reserve: float, index: PageIndex) -> None:
@@ -72,6 +77,7 @@ class LowerTier:
         self.node = zeros("i", total, -1)
         """The page in the slot; -1 while free, or for the partial tail of a swapped sequence."""
         self.cached = LruList(total)
+        self._owners = ByOwner(total) if tier is Tier.DISK else None
         self.free = array("i", range(total - 1, -1, -1))
         self.held = 0
         """Slots that at least one sequence holds."""
@@ -83,7 +89,8 @@ class LowerTier:
     def nbytes(self) -> int:
         """Bytes of bookkeeping."""
         arrays = (self.state, self.holds, self.pins, self.node, self.free)
-        return sum(item.itemsize for item in arrays) * self.total + self.cached.nbytes
+        orders = self.cached.nbytes * (1 if self._owners is None else 2)
+        return sum(item.itemsize for item in arrays) * self.total + orders
 
     def usage(self) -> TierUsage:
         """Slots held or in transfer, cached, and free."""
@@ -103,6 +110,10 @@ class LowerTier:
         cells[holds > 1] |= TierMap.SHARED
         return cells
 
+    def owned(self) -> dict[int, int]:
+        """Pages that no sequence holds by owner, where they are told apart."""
+        return {} if self._owners is None else dict(self._owners.counts)
+
     def ready(self, slot: int) -> bool:
         """Whether the slot's page can be loaded."""
         return self.state[slot] == _READY
@@ -111,18 +122,19 @@ class LowerTier:
         """Slots that swapping could take at once."""
         return len(self.free) + self.cached.count
 
-    def take(self, *, swap: bool, evict: Evict) -> int:
+    def take(self, *, swap: bool, evict: Evict, owner: int) -> int:
         """A slot to fill, pinned once for the store that fills it; -1 if there is no room.
 
         Args:
             swap: Take the swap reserve too.
             evict: What may be evicted for it.
+            owner: Whose page is to fill it.
         """
         unheld = self.total - len(self.free) - self.held
         if not (self.free and (swap or unheld < self.cache_limit)):
             if not self.cached.count or (not swap and not self.cache_limit):
                 return -1
-            victim = self._next_victim()
+            victim = self._next_victim(owner)
             if not self._may(evict, self.node[victim]):
                 return -1
             self._evict(victim)
@@ -135,6 +147,8 @@ class LowerTier:
         """The slot being filled will hold the page ``node``."""
         self.node[slot] = node
         self._index.place(node, self.tier, slot)
+        if not self.holds[slot]:
+            self._count(slot, 1)
 
     def adopt(self, slots: Sequence[int]) -> None:
         """These slots, which are free, are ready and named; the first is reclaimed first."""
@@ -142,7 +156,7 @@ class LowerTier:
         self.free = array("i", [slot for slot in self.free if slot not in taken])
         for slot in slots:
             self.state[slot] = _READY
-            self.cached.push_newest(slot)
+            self._enter_cache(slot)
         self.shrink_cache()
 
     def hold(self, slot: int) -> None:
@@ -151,12 +165,14 @@ class LowerTier:
         self.holds[slot] += 1
         if self.holds[slot] == 1:
             self.held += 1
+            self._count(slot, -1)
 
     def unhold(self, slot: int) -> None:
         """One swapped sequence less needs the slot."""
         self.holds[slot] -= 1
         if not self.holds[slot]:
             self.held -= 1
+            self._count(slot, 1)
         self._settle(slot)
 
     def pin(self, slot: int) -> None:
@@ -186,8 +202,7 @@ class LowerTier:
         """A transfer of the slot has failed: forget its content. Nobody holds it any more."""
         assert not self.holds[slot]
         if self.node[slot] >= 0:
-            self._index.drop(self.node[slot], self.tier)
-            self.node[slot] = -1
+            self._drop(slot)
         # Other loads may still be reading it; it is free when the last of them has ended.
         self.state[slot] = _DOOMED
         self.unpin(slot)
@@ -197,8 +212,7 @@ class LowerTier:
         if slot in self.cached:
             self._evict(slot)
         elif self.state[slot] == _FILLING and not self.holds[slot]:
-            self._index.drop(self.node[slot], self.tier)
-            self.node[slot] = -1
+            self._drop(slot)
 
     def shrink_cache(self) -> None:
         """Evict what exceeds the cache's share, once swapped pages have become cached ones."""
@@ -210,17 +224,38 @@ class LowerTier:
         if self.holds[slot] or self.pins[slot]:
             return
         if self.state[slot] == _READY and self.node[slot] >= 0:
-            if back:
-                self.cached.put_back(slot)
-            else:
-                self.cached.push_newest(slot)
+            self._enter_cache(slot, back=back)
             return
         self.state[slot] = _FREE
         self.free.append(slot)
 
+    def _enter_cache(self, slot: int, *, back: bool = False) -> None:
+        if back:
+            self.cached.put_back(slot)
+        else:
+            self.cached.push_newest(slot)
+        if self._owners is not None:
+            order = self._owners.cached(self._index.owner[self.node[slot]])
+            if back:
+                order.put_back(slot)
+            else:
+                order.push_newest(slot)
+
     def _leave_cache(self, slot: int) -> None:
         if slot in self.cached:
             self.cached.remove(slot)
+            if self._owners is not None:
+                self._owners.cached(self._index.owner[self.node[slot]]).remove(slot)
+
+    def _count(self, slot: int, more: int) -> None:
+        if self._owners is not None and self.node[slot] >= 0:
+            self._owners.count(self._index.owner[self.node[slot]], more)
+
+    def _drop(self, slot: int) -> None:
+        """The page of a slot that nobody holds is not here any more."""
+        self._count(slot, -1)
+        self._index.drop(self.node[slot], self.tier)
+        self.node[slot] = -1
 
     def _may(self, evict: Evict, node: int) -> bool:
         where = self._index.where
@@ -230,22 +265,23 @@ class LowerTier:
             return all(where[tier][node] < 0 for tier in Tier if tier < self.tier)
         return True
 
-    def _next_victim(self) -> int:
-        """The least recently used cached page that no other page here continues."""
+    def _next_victim(self, asking: int = -1) -> int:
+        """The least recently used cached page that no other page here continues, of the owner
+        whose turn it is when ``asking`` has a page more (-1: nobody has)."""
         children = self._index.children[self.tier]
-        slot = self.cached.oldest()
-        for _ in range(self.cached.count):
+        order = self.cached if self._owners is None else self._owners.giver(asking)
+        slot = order.oldest()
+        for _ in range(order.count):
             if not children[self.node[slot]]:
                 break
             # A page that others continue is as recent as they are: to the other end with it.
-            self.cached.remove(slot)
-            self.cached.push_newest(slot)
-            slot = self.cached.oldest()
+            self._leave_cache(slot)
+            self._enter_cache(slot)
+            slot = order.oldest()
         return slot
 
     def _evict(self, slot: int) -> None:
-        self.cached.remove(slot)
-        self._index.drop(self.node[slot], self.tier)
-        self.node[slot] = -1
+        self._leave_cache(slot)
+        self._drop(slot)
         self.state[slot] = _FREE
         self.free.append(slot)

@@ -76,9 +76,11 @@ class Driver:
                 self.swapped.add(answer.seq)
         return out
 
-    def admit(self, seq: int, prompt: Sequence[int], sampler: Sampler | None = None) -> int | None:
+    def admit(
+        self, seq: int, prompt: Sequence[int], sampler: Sampler | None = None, owner: int = 0
+    ) -> int | None:
         """Admit a sequence; returns its cached tokens, or None if it must wait."""
-        answers = self.handle(Admit(seq, ids(prompt), ROOT))
+        answers = self.handle(Admit(seq, ids(prompt), ROOT, owner=owner))
         if any(isinstance(answer, Deferred) for answer in answers):
             return None
         self._begin(seq, prompt, sampler)

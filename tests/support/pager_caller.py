@@ -44,12 +44,14 @@ class Caller:
         margin: float = 0.0,
         reserve: float = 0.25,
         through: bool = False,
+        persists: bool = False,
     ) -> None:
         self.pager = Pager(
             PagerConfig(
                 gpu_blocks=gpu,
                 ram_blocks=ram,
                 disk_blocks=disk,
+                disk_persists=persists,
                 block_tokens=SIZE,
                 max_sequences=max_sequences,
                 keep_cached_on_gpu=keep,
@@ -79,7 +81,8 @@ class Caller:
 
     def admit(self, seq: int, tokens: Tokens, root: bytes = ROOT, **more: int) -> list[Instruction]:
         klass = PriorityClass(more.pop("klass", PriorityClass.NORMAL))
-        return self(Admit(seq, tokens, root, klass, more.get("width", 1), more.get("group", -1)))
+        width, group, owner = more.get("width", 1), more.get("group", -1), more.get("owner", 0)
+        return self(Admit(seq, tokens, root, klass, width, group, owner=owner))
 
     def launch(self, seq: int, count: int) -> int:
         self(Reserve((seq,), (count,)))

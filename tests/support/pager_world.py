@@ -224,7 +224,11 @@ class World:
     def ask(self, model: Model) -> None:
         tokens = np.array(model.tokens, dtype=np.int32)
         klass = PriorityClass(self.rng.randrange(3))
-        self.send(Admit(model.id, tokens, model.root, klass, model.width, model.group))
+        self.send(
+            Admit(
+                model.id, tokens, model.root, klass, model.width, model.group, owner=model.root[-1]
+            )
+        )
 
     def resume(self) -> None:
         model = self.pick("swapped")

@@ -228,6 +228,7 @@ class World:
             kv_floor_tokens=kv_floor,
             kv_ceiling_tokens=kv_ceiling,
             root=key.encode().ljust(32, b"\0")[:32],
+            owner=uid,
         )
         return App(self, message, klass)
 

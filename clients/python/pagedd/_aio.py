@@ -233,6 +233,25 @@ class AsyncClient:
         fields = {"app": name, "settings": dict(settings)}
         return await self._ask("apps.set", fields, timeout, control=True)
 
+    async def cache(self, *, timeout: float | None = None) -> dict[int, int] | None:
+        """Tokens that are kept on disk from one run of the daemon to the next, by user: of the
+        asking one, or, for who administers the daemon, of all. None while no model is loaded.
+
+        Raises:
+            RequestError: ``E_CONFIG``: nothing is kept.
+        """
+        users = (await self._ask("cache.show", {}, timeout, control=True))["users"]
+        return None if users is None else {row["uid"]: row["tokens"] for row in users}
+
+    async def clear_cache(self, *, timeout: float | None = None) -> None:
+        """Have nobody find what is kept of the asking user, from now on. It is erased when a model
+        is next loaded.
+
+        Raises:
+            RequestError: ``E_CONFIG``: nothing is kept.
+        """
+        await self._ask("cache.clear", {}, timeout, control=True)
+
     async def metrics(self, *, timeout: float | None = None) -> str:
         """The daemon's figures in Prometheus' text format."""
         return str((await self._ask("metrics", {}, timeout, control=True))["text"])

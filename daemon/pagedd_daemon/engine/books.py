@@ -100,6 +100,7 @@ class Books:
             open_samples=set(range(message.index, message.index + message.n)),
             constrained=bool(message.grammar_kind),
             prompt_logprobs=message.prompt_logprobs,
+            owner=message.owner,
             hold=message.hold,
         )
 

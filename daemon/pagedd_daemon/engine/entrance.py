@@ -148,6 +148,7 @@ class Entrance:
                 width=request.width,
                 group=request.rid,
                 whole=request.beams is not None,
+                owner=request.owner,
                 fresh=request.prompt_logprobs >= 0,
             )
         )

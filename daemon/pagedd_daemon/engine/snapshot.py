@@ -19,6 +19,7 @@ Keys::
     memory     {weights, kv_pool, ram_tier}, bytes
     troubles   sentences for people: what does not work as it was configured
     backend    what the backend counts (`Backend.counters`)
+    owned      [owner, cached pages on disk] of each who has any (`pagedd_daemon.owners`)
     blocks     only if it was asked for: {gpu, ram, disk}, each {every, cells} (`kvpager.TierMap`)
 """
 
@@ -99,6 +100,7 @@ def snapshot(
         },
         "memory": asdict(memory),
         "backend": backend.counters(),
+        "owned": [list(item) for item in pager.owned().items()],
         "troubles": [*backend.troubles(), *_small_pool(backend, scheduler)],
     }
 

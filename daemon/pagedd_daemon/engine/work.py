@@ -79,6 +79,8 @@ class Request:
     """What an engine before this one has drawn for its only sample (`Submit.generated`)."""
     first_index: int = 0
     """Index of its first sample."""
+    owner: int = 0
+    """Whose pages it leaves, as in `pagedd_daemon.messages.Submit`."""
     hold: bool = False
     """Its KV is held in a lower tier when it has ended."""
     constrained: bool = False

@@ -21,15 +21,25 @@ from pagedd_daemon.front.models import Models
 from pagedd_daemon.front.ports import Event
 from pagedd_daemon.front.reload import Changes, reread
 from pagedd_daemon.front.status import Board
+from pagedd_daemon.owners import split
 
 log = logging.getLogger("pagedd.settings")
 
-AdminRequest = r.AppsList | r.AppsShow | r.AppsSet | r.Reload | r.Stats | r.Metrics
+AdminRequest = (
+    r.AppsList
+    | r.AppsShow
+    | r.AppsSet
+    | r.CacheShow
+    | r.CacheClear
+    | r.Reload
+    | r.Stats
+    | r.Metrics
+)
 Answer = Callable[[dict[str, Any]], None]
 
 
 class Administration:
-    """Answers the control verbs ``apps.*``, ``reload``, ``stats`` and ``metrics``."""
+    """Answers the control verbs ``apps.*``, ``cache.*``, ``reload``, ``stats`` and ``metrics``."""
 
     def __init__(
         self,
@@ -68,7 +78,7 @@ class Administration:
 
         Raises:
             WireError: ``E_FORBIDDEN``: another user than the daemon's wants to change something, or
-                to see what is of all users.
+                to see what is of all users. ``E_CONFIG``: there is no store that is kept.
         """
         only = self._access.view(uid)
         if isinstance(request, r.AppsList):
@@ -89,6 +99,14 @@ class Administration:
                 self._later(work, request.id, reply, result)
 
             self._board.fresh(answer, blocks=blocks)
+            return
+        if isinstance(request, (r.CacheShow, r.CacheClear)):
+            if not self._apps.eras.kept:
+                raise WireError("E_CONFIG", "this daemon keeps nothing from one run to the next")
+            if isinstance(request, r.CacheShow):
+                self._board.fresh(lambda: result({"users": self._kept(only)}))
+            else:
+                self._later(self._clear(uid), request.id, reply, result)
             return
         if not self._access.administers(uid):
             raise WireError("E_FORBIDDEN", "only the daemon's own user changes settings")
@@ -117,6 +135,25 @@ class Administration:
         """An app's settings, and who is connected under its name; ``only`` of one user."""
         connected = [row for row in self._board.apps(only) if row["app"] == name]
         return {**self._apps.described(name), "connected": connected}
+
+    def _kept(self, only: int | None) -> list[dict[str, int]] | None:
+        """Tokens on disk by user, ``only`` of one; None while no model is loaded. What has been
+        cleared is nobody's, though it may lie there still."""
+        model = self._models.current
+        if model is None:
+            return None
+        rows = []
+        for owner, pages in self._board.figures.get("owned", ()):
+            uid, era = split(owner)
+            if only in (None, uid) and era == self._apps.eras.of(uid):
+                rows.append({"uid": uid, "tokens": pages * model.ready.block_tokens})
+        return rows
+
+    async def _clear(self, uid: int) -> dict[str, Any]:
+        async with self._changing:
+            await asyncio.to_thread(self._apps.eras.next, uid)
+        self._tell_engine()
+        return {}
 
     async def _stats(self, blocks: bool, only: int | None) -> dict[str, Any]:
         stats = self._board.stats(only)

@@ -17,8 +17,10 @@ from typing import Any
 from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.config_file import change_app
 from pagedd_daemon.front.config_model import AppSettings, ConfigFile, UnknownApps
+from pagedd_daemon.front.eras import Eras
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.messages import App
+from pagedd_daemon.owners import join
 
 CLASSES = {"interactive": 0, "normal": 1, "background": 2}
 """`kvpager.types.PriorityClass` by name; importing that module would bring numpy."""
@@ -42,12 +44,14 @@ class Apps:
         config: ConfigFile | None = None,
         path: Path | None = None,
         secret: bytes | None = None,
+        eras: Eras | None = None,
     ) -> None:
         """Settings, and where changes to them are written; without ``path`` there can be none.
 
         ``secret``: 32 bytes that namespaces come from, where they are to be the same after a
-        restart; None: random ones.
+        restart; None: random ones. ``eras``: what users have cleared of what outlives it.
         """
+        self.eras = eras or Eras()
         self.config = config or ConfigFile()
         self._path = path
         self._secret = secret or secrets.token_bytes(32)
@@ -120,6 +124,7 @@ class Apps:
             kv_floor_tokens=settings.kv_floor if isinstance(settings, AppSettings) else 0,
             kv_ceiling_tokens=settings.kv_ceiling,
             root=self._salt(account),
+            owner=join(account.uid, self.eras.of(account.uid)),
         )
 
     def _salt(self, account: Account) -> bytes:
@@ -134,7 +139,8 @@ class Apps:
         else:
             program = account.program
             whose = ["app", program.executable or program.scope, account.app]
-        text = "\0".join([str(account.uid), *whose])
+        era = self.eras.of(account.uid)
+        text = "\0".join([str(account.uid), *whose, *([str(era)] if era else [])])
         return hmac.digest(self._secret, text.encode("utf-8", "surrogateescape"), hashlib.sha256)
 
     def change(self, app: str, settings: Mapping[str, Any]) -> ConfigFile:

@@ -405,6 +405,18 @@ class AppsSet(Request):
     ]
 
 
+class CacheShow(Request):
+    """How much of each user is kept on disk from one run to the next."""
+
+    verb = "cache.show"
+
+
+class CacheClear(Request):
+    """Has everybody forget what is kept there of the asking user."""
+
+    verb = "cache.clear"
+
+
 class Reload(Request):
     """Reads the configuration file again."""
 
@@ -442,5 +454,16 @@ DataRequest = (
 """What the service answers on the data socket; the transport itself answers `Hello` and `Bye`."""
 
 ControlRequest = (
-    Cancel | Status | Stats | Metrics | Ping | AppsList | AppsShow | AppsSet | Reload | Shutdown
+    Cancel
+    | Status
+    | Stats
+    | Metrics
+    | Ping
+    | AppsList
+    | AppsShow
+    | AppsSet
+    | CacheShow
+    | CacheClear
+    | Reload
+    | Shutdown
 )

@@ -32,6 +32,7 @@ from pagedd_daemon.front.config import (
 )
 from pagedd_daemon.front.config_file import load
 from pagedd_daemon.front.config_model import ConfigFile
+from pagedd_daemon.front.eras import Eras
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import HelperError, HelperPool
 from pagedd_daemon.front.limits import DEFAULT_LIMITS, for_several_users
@@ -42,7 +43,7 @@ from pagedd_daemon.front.source import ModelSource
 from pagedd_daemon.front.transport import ZmqTransport
 from pagedd_daemon.models.registry import Registry
 from pagedd_daemon.privacy import keep_private
-from pagedd_daemon.private_files import KEY_NAME, secret
+from pagedd_daemon.private_files import ERAS_NAME, KEY_NAME, secret
 
 log = logging.getLogger("pagedd")
 
@@ -155,7 +156,6 @@ class Server:
 
     async def _startup(self) -> Exit:
         settings = self._settings
-        source = self._source = ModelSource(settings, Registry(), self._pool)
         try:
             config = load(settings.config_file) if settings.config_file else ConfigFile()
         except ConfigError as error:
@@ -163,9 +163,11 @@ class Server:
         try:
             store = disk_place(settings.disk_folder, settings.disk_persist)
             key = secret(store / KEY_NAME) if settings.disk_persist else None
+            eras = Eras(store / ERAS_NAME if settings.disk_persist else None)
         except OSError as error:
             return _refuse(Exit.CONFIG, f"the store of prefixes cannot be used: {error}")
-        apps = Apps(config, settings.config_file, key)
+        apps = Apps(config, settings.config_file, key, eras)
+        source = self._source = ModelSource(settings, Registry(), self._pool, eras)
         try:
             access = _access(settings)
         except ConfigError as error:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pagedd_daemon.front.config import Settings, disk_place, gpu_usable
 from pagedd_daemon.front.detokenizer import PieceTable, unpack_ids
 from pagedd_daemon.front.engine_link import Engine, EngineListener, EngineProcess
+from pagedd_daemon.front.eras import Eras
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.helper_pool import ChatPrompt, HelperError, HelperPool, ModelText
 from pagedd_daemon.front.model_ports import Conversation, Entry, Rendered, Text, wire_error
@@ -73,11 +74,15 @@ class HelperText:
 class ModelSource:
     """Implements `models.Source`."""
 
-    def __init__(self, settings: Settings, registry: Registry, pool: HelperPool) -> None:
+    def __init__(
+        self, settings: Settings, registry: Registry, pool: HelperPool, eras: Eras | None = None
+    ) -> None:
+        """``eras``: what users have cleared of the store of prefixes."""
         self.settings = settings
         """What the next load of a model is made with."""
         self._registry = registry
         self._pool = pool
+        self._eras = eras or Eras()
         self.fallen = False
         """Engines on the GPU died too often: the CPU computes for the rest of the daemon's life."""
         self._ram: tuple[int, int] | None = None
@@ -140,6 +145,7 @@ class ModelSource:
             ram_bytes=settings.ram_bytes,
             vram_bytes=settings.vram_bytes,
             disk_persist=settings.disk_persist,
+            disk_eras=self._eras.all(),
             disk_bytes=settings.disk_bytes,
             disk_folder=str(disk_place(settings.disk_folder, settings.disk_persist)),
             write_through=settings.write_through,

@@ -129,6 +129,7 @@ class Streams:
             grammar=grammar,
             beams=request.searching(),
             prompt_logprobs=prompt_logprobs,
+            owner=standing.app.owner,
             hold=hold,
         )
         self._send(stream, model)
@@ -168,6 +169,7 @@ class Streams:
                 n=1,
                 sampling=asdict(SamplingParams(temperature=0.0)),
                 stop=asdict(StopParams(max_tokens=1, ignore_eos=True)),
+                owner=app.owner,
                 hold=True,
             )
         )

@@ -50,6 +50,7 @@ CONTROL_VERBS: Mapping[str, type[r.Request]] = {
     for kind in (
         *(r.Cancel, r.Status, r.Stats, r.Ping, r.Metrics),
         *(r.AppsList, r.AppsShow, r.AppsSet),
+        *(r.CacheShow, r.CacheClear),
         r.Reload,
         r.Shutdown,
     )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+import pagedd
 from pagedd._paths import config_file
 from pagedd.cli import _output as out
-from pagedd.cli._app import EX_CONFIG, EX_TEMPFAIL, CommandError, as_json, commands
+from pagedd.cli._app import EX_CONFIG, EX_TEMPFAIL, CommandError, commands, reaches_daemon
 from pagedd.cli._daemon import daemon_module, daemon_modules
 
 _FOLDER = click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
     help="Another folder than that of the configuration. [default: $XDG_STATE_HOME/pagedd]",
+)
+
+_MINE = click.option(
+    "--mine",
+    is_flag=True,
+    help="What is yours in the store of the running daemon, which others may share.",
 )
 
 
@@ -29,9 +37,14 @@ def cache() -> None:
 
 @cache.command()
 @_FOLDER
-@as_json
-def show(folder: Path | None, json_: bool) -> None:
+@_MINE
+@reaches_daemon
+def show(folder: Path | None, mine: bool, json_: bool, host: str | None, timeout: float) -> None:
     """How much is kept, and for which model."""
+    if mine:
+        with pagedd.control(host=host, timeout=timeout) as control:
+            _print_mine(control.cache(), json_)
+        return
     where = folder or _folder()
     try:
         found = daemon_module("engine.tiers.store").show(where)
@@ -55,9 +68,21 @@ def show(folder: Path | None, json_: bool) -> None:
 
 @cache.command()
 @_FOLDER
-@as_json
-def clear(folder: Path | None, json_: bool) -> None:
-    """Remove what is kept, and the key by which it could be found."""
+@_MINE
+@reaches_daemon
+def clear(folder: Path | None, mine: bool, json_: bool, host: str | None, timeout: float) -> None:
+    """Remove what is kept, and the key by which it could be found.
+
+    With --mine nobody finds what is yours from now on; it is erased when a model is next loaded.
+    """
+    if mine:
+        with pagedd.control(host=host, timeout=timeout) as control:
+            control.clear_cache()
+        if json_:
+            out.print_json({"cleared": True})
+        else:
+            click.echo("nothing of yours is found any more")
+        return
     where = folder or _folder()
     try:
         freed = daemon_module("engine.tiers.store").clear(where)
@@ -74,6 +99,16 @@ def clear(folder: Path | None, json_: bool) -> None:
         out.print_json({"folder": str(where), "freed_bytes": freed})
     else:
         click.echo(f"{out.size(freed)} are free again")
+
+
+def _print_mine(kept: dict[int, int] | None, json_: bool) -> None:
+    tokens = None if kept is None else kept.get(os.getuid(), 0)
+    if json_:
+        out.print_json({"tokens": tokens})
+    elif tokens is None:
+        click.echo("no model is loaded: ask for something first")
+    else:
+        click.echo(f"{out.tokens(tokens)} tokens are kept of you")
 
 
 def _folder() -> Path:

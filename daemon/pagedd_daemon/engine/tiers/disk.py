@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvpager.types import Adopt, PageName, Spill, Store, Tier
@@ -130,6 +130,17 @@ class DiskTier:
         """The page of ``slot`` is called ``name``: whoever opens the file later may find it."""
         if self._extents.at(slot) is not None:
             self._extents.commit(slot, name)
+
+    def erase(self, given_up: Callable[[PageName], bool]) -> int:
+        """Forget the pages that are ``given_up``, and wipe their bytes; how many there were. Before
+        the pager hears of them (`adoptable`)."""
+        slots = [slot for slot, name in self._extents.named() if given_up(name)]
+        extents = {id(extent): extent for slot in slots if (extent := self._extents.at(slot))}
+        self._extents.drop(slots)
+        for extent in extents.values():
+            if not extent.slots:
+                self._file.wipe(extent.offset, extent.length)
+        return len(slots)
 
     def at(self, slot: int) -> Extent | None:
         """The extent that ``slot`` points into."""

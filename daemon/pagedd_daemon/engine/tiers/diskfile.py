@@ -213,6 +213,18 @@ class DiskFile:
         """The page of ``record`` is there, all of it."""
         self._to_write.put(lambda: self._record(lambda: self._table.commit(record)))
 
+    def wipe(self, offset: int, length: int) -> None:
+        """What was there is to be read by nobody any more: zeros take its place, before anything
+        that is written there from now on."""
+        at = self._data_offset + offset
+
+        def fill() -> None:
+            for done in range(0, length, _CHUNK):
+                zeros = memoryview(bytes(min(_CHUNK, length - done)))
+                write_all(self._io, self._descriptor, zeros, at + done)
+
+        self._to_write.put(lambda: self._record(fill))
+
     def forget(self, offset: int, length: int) -> None:
         """Nothing: what the file has been given stays its own."""
 

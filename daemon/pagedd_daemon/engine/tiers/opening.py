@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvpager.types import PageName
 from pagedd_daemon.engine.tiers.disk import DiskTier
 from pagedd_daemon.engine.tiers.diskfile import READERS, DiskFile
 from pagedd_daemon.engine.tiers.diskspace import swap_space
 from pagedd_daemon.engine.tiers.records import RECORD_BYTES, TABLE_OFFSET, Shape, TierFormatError
 from pagedd_daemon.engine.tiers.store import store_space
 from pagedd_daemon.messages import Configure
+from pagedd_daemon.owners import split
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +37,19 @@ class DiskWishes:
     """Where its file lies."""
     persist: bool = False
     """Whether it is the prefix store, which stays when the engine ends."""
+    eras: Mapping[int, int] = field(default_factory=dict)
+    """Users who have cleared what they had there, and how often (`pagedd_daemon.owners`)."""
 
     @classmethod
     def of(cls, configure: Configure) -> DiskWishes:
         """What ``configure`` says of it."""
-        return cls(configure.disk_bytes, configure.disk_folder, configure.disk_persist)
+        eras = dict(configure.disk_eras)
+        return cls(configure.disk_bytes, configure.disk_folder, configure.disk_persist, eras)
+
+    def given_up(self, name: PageName) -> bool:
+        """Whether a page is one that its user has cleared."""
+        uid, era = split(name.owner)
+        return era < self.eras.get(uid, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +108,7 @@ def open_disk(
         return Disk(notice=f"there is no disk tier: {error}")
     if space.notice:
         log.warning("%s", space.notice)
-    return Disk(DiskTier(file), slots, space.notice, wishes.persist)
+    tier = DiskTier(file)
+    if wishes.eras and (erased := tier.erase(wishes.given_up)):
+        log.info("%d pages were erased that their users had cleared", erased)
+    return Disk(tier, slots, space.notice, wishes.persist)

@@ -21,7 +21,7 @@ A record::
     48  crc32 of it; 0 in memory                             u32, four bytes of zeros
     56  page's name                                          32 bytes
     88  name of the page in front of it; zeros for none      32 bytes
-    120 zeros to `RECORD_BYTES`
+    120 whose page it is (`kvpager.types.Admit.owner`)           u64
 
 Order is what makes it safe to read after its writer was killed at any byte: the state becomes
 WRITING before a byte of record or data changes, and COMMITTED, a single byte, after all of them
@@ -42,13 +42,13 @@ from kvpager.types import PageName
 
 RECORD_BYTES = 128
 TABLE_OFFSET = 4096
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 FREE, WRITING, COMMITTED = 0, 1, 2
 
 _MAGIC = b"pageddKV"
 _HEADER = struct.Struct("<8sIIQ32sQQ")
-_RECORD = struct.Struct("<B3xQIIIIQQI4x32s32s")
+_RECORD = struct.Struct("<B3xQIIIIQQI4x32s32sQ")
 _CRC = struct.Struct("<I")
 _STATE_AT = 4
 _NONE = bytes(32)
@@ -219,7 +219,7 @@ class RecordTable:
 
     @staticmethod
     def _pack(record: Record, generation: int) -> bytes:
-        body = _RECORD.pack(
+        return _RECORD.pack(
             COMMITTED,
             generation,
             record.slot,
@@ -231,8 +231,8 @@ class RecordTable:
             record.crc,
             record.name.digest,
             record.name.before or _NONE,
+            record.name.owner,
         )
-        return body.ljust(RECORD_BYTES - _STATE_AT, b"\0")
 
 
 def read_record(shape: Shape, slot: int, raw: bytes) -> Record | None:
@@ -242,8 +242,10 @@ def read_record(shape: Shape, slot: int, raw: bytes) -> Record | None:
     if _CRC.unpack_from(raw)[0] != zlib.crc32(raw[_STATE_AT:]):
         return None
     fields = _RECORD.unpack_from(raw, _STATE_AT)
-    _, generation, own, tokens, start, whole, offset, length, crc, digest, before = fields
+    _, generation, own, tokens, start, whole, offset, length, crc, digest, before, owner = fields
     if own != slot or not length or not tokens or offset + length > shape.data_bytes:
         return None
-    name = PageName(digest, None if before == _NONE else before)
+    if owner >> 63:
+        return None
+    name = PageName(digest, None if before == _NONE else before, owner)
     return Record(slot, name, tokens, offset, length, start, whole, crc, generation)

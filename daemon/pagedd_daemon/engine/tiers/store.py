@@ -23,7 +23,13 @@ from pagedd_daemon.engine.tiers.records import (
     read_header,
     read_record,
 )
-from pagedd_daemon.private_files import KEY_NAME, STORE_NAME, open_private, private_folder
+from pagedd_daemon.private_files import (
+    ERAS_NAME,
+    KEY_NAME,
+    STORE_NAME,
+    open_private,
+    private_folder,
+)
 
 
 def store_space(folder: Path, budget_bytes: int) -> Space:
@@ -115,8 +121,9 @@ def clear(folder: Path) -> int:
             path.unlink()
         finally:
             os.close(descriptor)
-    with suppress(FileNotFoundError):
-        (folder / KEY_NAME).unlink()
+    for name in (KEY_NAME, ERAS_NAME):
+        with suppress(FileNotFoundError):
+            (folder / name).unlink()
     return size
 
 
