@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pagedd._control import Control
 from pagedd._errors import (
     AccessDenied,
     Busy,
@@ -36,7 +37,8 @@ from pagedd._errors import (
     SessionLost,
     UnknownSession,
 )
-from pagedd._sync import Client, Control, Session, Stream
+from pagedd._stream import Stream
+from pagedd._sync import Client, Session
 from pagedd._types import (
     Chunk,
     Completion,
@@ -55,7 +57,8 @@ from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
 from pagedd._version import __version__
 
 if TYPE_CHECKING:
-    from pagedd._aio import AsyncClient, AsyncSession, AsyncStream
+    from pagedd._aio import AsyncClient, AsyncSession
+    from pagedd._aio_stream import AsyncStream
 
 __all__ = [
     "AccessDenied",

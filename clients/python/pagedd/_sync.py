@@ -1,28 +1,27 @@
-"""The synchronous client."""
+"""The synchronous client and its sessions."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pagedd import _verbs
-from pagedd._core import Assembly, Call, result_of
-from pagedd._errors import ConnectionFailed, PageddError, RequestTimeout
+from pagedd._control import Control
+from pagedd._errors import PageddError
 from pagedd._paths import CONTROL_SOCKET, resolve_host
 from pagedd._pump import Pump
+from pagedd._stream import Stream
 from pagedd._types import (
-    Chunk,
     Completion,
     Embeddings,
-    Prompt,
     RenderedChat,
     ServerInfo,
     SessionKV,
     SessionSummary,
 )
+from pagedd._unanswered import was_closed
 from pagedd._verbs import DEFAULT_TIMEOUT_S, GenerateOptions
 from pagedd._version import CLIENT
 
@@ -31,155 +30,6 @@ if TYPE_CHECKING:
 
 BYE_S = 1.0
 """How long `Client.close` waits for the daemon to have cancelled what was still running."""
-
-
-class Control:
-    """The control verbs: what one may ask without being an app. Never loads or wakes a model.
-
-    Raises:
-        DaemonNotRunning: Nothing listens on the socket.
-        AccessDenied: The daemon does not admit this user.
-        RequestTimeout: No answer within ``timeout`` seconds; every method has one.
-    """
-
-    def __init__(self, *, host: str | None = None, timeout: float = DEFAULT_TIMEOUT_S) -> None:
-        data = resolve_host(host)
-        self._timeout = timeout
-        self._pump = Pump(None, data.parent / CONTROL_SOCKET)
-
-    def ping(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """``pid, uptime_s, state, steps``; steps that stand still under load: a stuck engine."""
-        return self._ask("ping", {}, timeout, control=True)
-
-    def status(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """What the daemon does now; docs/protocol.md, section 8, has the fields."""
-        return self._ask("status", {}, timeout, control=True)
-
-    def stats(self, *, blocks: bool = False, timeout: float | None = None) -> dict[str, Any]:
-        """Counters since the daemon started; with ``blocks`` also what each block of the pool is
-        doing (docs/protocol.md, section 8)."""
-        return self._ask("stats", {"blocks": True} if blocks else {}, timeout, control=True)
-
-    def cancel_requests(
-        self,
-        *,
-        app: str | None = None,
-        target: str | None = None,
-        timeout: float | None = None,
-    ) -> bool:
-        """Cancel requests of this user's apps: of one app or (None) of all, one request or all.
-
-        Returns:
-            Whether there was any.
-        """
-        fields = {"app": app, "all": True if app is None else None, "target": target}
-        return bool(self._ask("cancel", fields, timeout, control=True)["cancelled"])
-
-    def apps(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
-        """Apps that have settings or are connected; each as `app` has it."""
-        return list(self._ask("apps.list", {}, timeout, control=True)["apps"])
-
-    def app(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
-        """``app, known, settings, connected``: what holds for an app, and who is connected as it.
-
-        ``known`` is whether it has settings of its own; ``settings`` are those of unknown apps
-        else.
-        """
-        return self._ask("apps.show", {"app": name}, timeout, control=True)
-
-    def set_app(
-        self,
-        name: str,
-        settings: Mapping[str, str | float | None],
-        *,
-        timeout: float | None = None,
-    ) -> dict[str, Any]:
-        """Change settings of an app, in ``config.toml`` and at once; None takes one away.
-
-        Returns:
-            As `app`.
-
-        Raises:
-            RequestError: ``E_CONFIG``: a setting is wrong, or the file; every mistake is named.
-                ``E_FORBIDDEN``: the caller is not the daemon's own user.
-        """
-        fields = {"app": name, "settings": dict(settings)}
-        return self._ask("apps.set", fields, timeout, control=True)
-
-    def cache(self, *, timeout: float | None = None) -> dict[int, int] | None:
-        """Tokens that are kept on disk from one run of the daemon to the next, by user: of the
-        asking one, or, for who administers the daemon, of all. None while no model is loaded.
-
-        Raises:
-            RequestError: ``E_CONFIG``: nothing is kept.
-        """
-        users = self._ask("cache.show", {}, timeout, control=True)["users"]
-        return None if users is None else {row["uid"]: row["tokens"] for row in users}
-
-    def clear_cache(self, *, timeout: float | None = None) -> None:
-        """Have nobody find what is kept of the asking user, from now on. It is erased when a model
-        is next loaded.
-
-        Raises:
-            RequestError: ``E_CONFIG``: nothing is kept.
-        """
-        self._ask("cache.clear", {}, timeout, control=True)
-
-    def metrics(self, *, timeout: float | None = None) -> str:
-        """The daemon's figures in Prometheus' text format."""
-        return str(self._ask("metrics", {}, timeout, control=True)["text"])
-
-    def reload(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Have the daemon read its configuration file again.
-
-        Returns:
-            ``applied``, ``next_load`` and ``restart``: the settings that changed, by when their
-            change holds.
-
-        Raises:
-            RequestError: ``E_CONFIG``: the file is wrong, and nothing has changed. ``E_FORBIDDEN``:
-                the caller is not the daemon's own user.
-        """
-        return self._ask("reload", {}, timeout, control=True)
-
-    def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Ask the daemon to exit, with ``drain`` once its streams have ended. Does not wait."""
-        self._ask("shutdown", {"drain": drain}, timeout, control=True)
-
-    def close(self) -> None:
-        """Give the sockets back. Calls that wait in other threads fail. May be called twice."""
-        self._pump.close(was_closed())
-
-    def _ask(
-        self,
-        verb: str,
-        fields: Mapping[str, Any],
-        timeout: float | None,
-        *,
-        control: bool = False,
-        cancels: bool = False,
-    ) -> dict[str, Any]:
-        """One request with one result; with ``cancels`` the daemon hears that nobody waits."""
-        seconds = self._timeout if timeout is None else timeout
-        call = self._pump.start(verb, fields, control=control)
-        if not self._pump.wait(call, seconds):
-            if cancels:
-                self._pump.cancel(call, abandon=True)
-            else:
-                self._pump.forget(call)
-            raise unanswered(call, seconds)
-        return result_of(call.take())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Client(Control):
@@ -387,124 +237,6 @@ class Client(Control):
         return Stream(self._pump, self._pump.start(verb, fields), seconds)
 
 
-class Stream:
-    """The chunks of one request, as they come; made by `Client.generate` and its like.
-
-    Iterate over it, or call `wait` or `text`. Leaving it early as a context manager, or dropping
-    it, cancels the request.
-    """
-
-    def __init__(self, pump: Pump, call: Call, timeout: float) -> None:
-        self._pump = pump
-        self._call = call
-        self._timeout = timeout
-        self._assembly = Assembly()
-        self._chunks: deque[Chunk] = deque()
-        self._error: PageddError | None = None
-
-    @property
-    def request_id(self) -> str:
-        """Names the request for `Client.cancel`."""
-        return self._call.id
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        """Length of the prompt; None until the daemon has accepted it."""
-        return self._assembly.prompt_tokens
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """The prompt as the model got it, with ``echo`` or ``prompt_logprobs``: all of it from the
-        first chunk on."""
-        return self._assembly.prompt
-
-    @property
-    def model(self) -> str | None:
-        """The model that serves it; None until the daemon has accepted the request."""
-        return self._assembly.model
-
-    @property
-    def seed(self) -> int | None:
-        """What the draws are keyed by; None until the daemon has accepted the request."""
-        return self._assembly.seed
-
-    @property
-    def result(self) -> Completion:
-        """The finished request.
-
-        Raises:
-            PageddError: The stream is not over (read it to its end, or call `wait`), or why it
-                failed.
-        """
-        return self._assembly.finished(self._error)
-
-    def wait(self) -> Completion:
-        """Read to the end."""
-        for _ in self:
-            pass
-        return self.result
-
-    def text(self) -> str:
-        """Read to the end; the text of the first sample."""
-        return self.wait().text
-
-    def cancel(self) -> None:
-        """Ask the daemon to end it. Does not wait: reading goes on, and the stream ends with
-        reason ``cancelled`` unless it was over before."""
-        self._pump.cancel(self._call, abandon=False)
-
-    def close(self) -> None:
-        """Cancel it if it is not over, and read no more of it."""
-        if self._call.wanted:
-            self._pump.cancel(self._call, abandon=True)
-        if self._assembly.completion is None and self._error is None:
-            self._error = PageddError("the stream was closed before its end")
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        while not self._chunks:
-            if self._error is not None:
-                raise self._error
-            if self._assembly.completion is not None:
-                raise StopIteration
-            try:
-                if not self._call.events:
-                    self._await_event()
-                self._chunks.extend(self._assembly.take(self._call.take()))
-            except PageddError as error:
-                self._error = error
-                raise
-        return self._chunks.popleft()
-
-    def _await_event(self) -> None:
-        half = self._timeout / 2
-        if self._pump.wait(self._call, half):
-            return
-        # A lost last event leaves no gap behind that would show it: ask once. (One that only
-        # takes long is not disturbed.)
-        self._pump.again(self._call)
-        if not self._pump.wait(self._call, half):
-            self._pump.cancel(self._call, abandon=True)
-            raise stalled(self._call, self._timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if self._call.wanted:
-            self._pump.orphan(self._call)
-
-
 class Session:
     """A conversation whose token ids the daemon keeps; `Client.session` opens it.
 
@@ -586,24 +318,3 @@ class Session:
         except PageddError:
             if kind is None:
                 raise
-
-
-def unanswered(call: Call, seconds: float) -> RequestTimeout:
-    """The error of a request without a result."""
-    return RequestTimeout(
-        f"{call.verb} had no answer within {seconds:g} s",
-        details={"verb": call.verb, "timeout_s": seconds},
-    )
-
-
-def stalled(call: Call, seconds: float) -> RequestTimeout:
-    """The error of a stream that stands still."""
-    return RequestTimeout(
-        f"{call.verb} made no progress for {seconds:g} s",
-        details={"verb": call.verb, "request": call.id, "timeout_s": seconds},
-    )
-
-
-def was_closed() -> ConnectionFailed:
-    """The error of calls on a client that was closed."""
-    return ConnectionFailed("the client was closed", retryable=False)
