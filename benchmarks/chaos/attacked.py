@@ -318,7 +318,7 @@ class Front:
     @property
     def busy(self) -> int:
         """Requests that wait for a helper or a thread."""
-        return len(self.service._tasks)
+        return len(self.service._background.tasks)
 
     async def over(self) -> None:
         """All connections end, and with them all that was asked.

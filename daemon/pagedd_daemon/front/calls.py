@@ -17,7 +17,7 @@ from pagedd_daemon.front.limits import Limits
 from pagedd_daemon.front.model_ports import Timer
 from pagedd_daemon.front.models import Lease
 from pagedd_daemon.front.ports import Connection, Event, Transport
-from pagedd_daemon.front.requests import Generation, Request
+from pagedd_daemon.front.requests import Cancel, Generation, Request
 from pagedd_daemon.front.sessions import Sessions
 from pagedd_daemon.front.tally import Tally
 
@@ -111,6 +111,17 @@ class Calls:
     def live(self) -> list[Call]:
         """Of all connections."""
         return [call for peer in self.peers.values() for call in peer.live.values()]
+
+    def meant(self, uid: int, request: Cancel, connection: Connection | None) -> list[Peer]:
+        """Whose requests a cancel means: those of ``connection``, which its token names, or of an
+        app, or of all apps, of the user who asks."""
+        if request.token is not None:
+            return [peer for peer in self.peers.values() if peer.connection is connection]
+        return [
+            peer
+            for peer in self.peers.values()
+            if peer.connection.uid == uid and (request.all or peer.connection.app == request.app)
+        ]
 
     def admit(self, peer: Peer, request: Request) -> None:
         """Check that one more request may come in.

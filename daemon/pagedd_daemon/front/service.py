@@ -1,35 +1,36 @@
 """What requests mean: the front's answer to every verb.
 
-The transport hands over validated requests and takes events. Models, streams, sessions and status
-each have a module of their own; this one joins them.
+The transport hands over validated requests and takes events. Models, texts, streams, sessions and
+status each have a module of their own; this one joins them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from pagedd_daemon.front import requests as r
+from pagedd_daemon.front import texts
 from pagedd_daemon.front.access import Access
 from pagedd_daemon.front.accounts import Accounts
 from pagedd_daemon.front.administration import Administration, AdminRequest
 from pagedd_daemon.front.apps import Apps
+from pagedd_daemon.front.background import Background
 from pagedd_daemon.front.calls import Call, Calls, Peer
 from pagedd_daemon.front.config import Settings
-from pagedd_daemon.front.detokenizer import Detokenizer, pack_ids, unpack_ids
+from pagedd_daemon.front.detokenizer import unpack_ids
 from pagedd_daemon.front.embedding import Embedding, Embeddings
 from pagedd_daemon.front.engine_link import Message
 from pagedd_daemon.front.errors import WireError
 from pagedd_daemon.front.failover import Deaths
-from pagedd_daemon.front.fitting import check_ids
 from pagedd_daemon.front.gate import Gate
 from pagedd_daemon.front.limits import USERS, Limits
-from pagedd_daemon.front.model_ports import Clock, Conversation, Entry, Source
+from pagedd_daemon.front.model_ports import Clock, Entry, Source
 from pagedd_daemon.front.models import Lease, Model, Models, State
 from pagedd_daemon.front.pins import Pins
 from pagedd_daemon.front.ports import Connection, Event, Transport
+from pagedd_daemon.front.serving import Serving, described
 from pagedd_daemon.front.sessions import Sessions, Turn
 from pagedd_daemon.front.status import Board
 from pagedd_daemon.front.stream import Stream
@@ -37,7 +38,6 @@ from pagedd_daemon.front.streams import Streams
 from pagedd_daemon.front.tally import Tally
 from pagedd_daemon.front.watchdog import Watchdog
 from pagedd_daemon.messages import Snapshot, StepReport
-from pagedd_daemon.models.registry import looks_like_path
 
 log = logging.getLogger("pagedd.service")
 
@@ -46,9 +46,6 @@ SLOW_FACTOR = 64
 
 SLOW_S = 600.0
 """A client that does not read is given up after this many seconds."""
-
-_SLICE = 4096
-"""Token ids turned into text before other work gets its turn."""
 
 
 class FrontService:
@@ -78,7 +75,6 @@ class FrontService:
         that a reload replaced; ``on_shutdown`` of a client that asked the daemon to end, and
         whether to drain; ``on_defeat`` when ``engine_deaths`` engines have died within a minute and
         there is no other way to compute."""
-        self._source = source
         self._clock = clock
         self._limits = limits
         self._default = default
@@ -90,7 +86,7 @@ class FrontService:
             limits, lambda connection, event: self.transport.send(connection, event)
         )
         self._sessions_open = Tally()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(self._fail)
         self.models = Models(
             source,
             clock,
@@ -102,6 +98,7 @@ class FrontService:
             Deaths(engine_deaths),
             on_defeat,
         )
+        self._serving = Serving(self.models, source, self._access, self._background, self._fail)
         self._accounts = Accounts()
         self._gate = Gate(clock)
         self.watchdog = Watchdog(clock, self._engine_works, self._engine_stuck)
@@ -155,9 +152,7 @@ class FrontService:
         for call in self._calls.live():
             self._fail(call, WireError("E_DRAINING", "the daemon has shut down"))
         self.administration.stop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.stop()
         await self.models.stop(grace_s)
 
     # ------------------------------------------------------------ from the transport
@@ -172,7 +167,7 @@ class FrontService:
         model = self.models.current
         return {
             "server": self._version,
-            "model": _described(model.entry, True) if model else None,
+            "model": described(model.entry, True) if model else None,
             "notice": self.board.notice or self.models.notice,
         }
 
@@ -194,7 +189,7 @@ class FrontService:
             del peer.foreseen[call.id]
             self._streams.cancel(call)
         else:
-            self._guard(call, lambda: self._start(peer, call, request))
+            self._background.guard(call, lambda: self._start(peer, call, request))
 
     def control(
         self,
@@ -327,28 +322,6 @@ class FrontService:
         now = self._clock.time()
         return Stream(self.transport, peer.connection, request, peer.account, now)
 
-    def _guard(self, call: Call, work: Callable[[], None]) -> None:
-        """Do a piece of work; what goes wrong in it ends the request."""
-        try:
-            work()
-        except WireError as error:
-            self._fail(call, error)
-        except Exception:
-            log.exception("request %s of connection %d", call.id, call.connection.number)
-            self._fail(call, WireError("E_INTERNAL", "a defect of the daemon; its log has more"))
-
-    def _later(self, call: Call, work: Coroutine[Any, Any, None]) -> None:
-        """Do ``work`` in the background; what goes wrong in it ends the request."""
-
-        def done(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            if not task.cancelled():
-                self._guard(call, task.result)
-
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(done)
-
     def _fail(self, call: Call, error: WireError) -> None:
         """End a request with an error."""
         if isinstance(call, Stream):
@@ -378,42 +351,6 @@ class FrontService:
         taken_back = stream.cancelled or stream.connection not in self._calls.peers
         self._gate.over(stream, taken_back=taken_back and not stream.counted)
 
-    def _with_model(
-        self,
-        call: Call,
-        name: str | None,
-        use: Callable[[Model], None],
-        keep_alive_s: float | None = None,
-    ) -> None:
-        """Call ``use`` when the model serves; the request holds it until it is over.
-
-        Raises:
-            WireError: ``E_NO_MODEL``.
-        """
-        uid = call.connection.uid
-        if self._access.view(uid) is not None:
-            keep_alive_s = None  # how long it stays is felt by all
-        call.lease = Lease(
-            lambda model: self._guard(call, lambda: use(model)),
-            lambda error: self._fail(call, error),
-            keep_alive_s,
-        )
-        entry = self.models.known(name)
-        if entry is not None:
-            self.models.acquire(call.lease, entry)
-        else:
-            assert name is not None
-            if looks_like_path(name):
-                # What is there, and whether it harms, would be its own user's question to ask.
-                self._access.require(uid, "have a file loaded by its path")
-            self._later(call, self._find_model(call, name))
-
-    async def _find_model(self, call: Call, name: str) -> None:
-        entry = await self._source.resolve(name)
-        if not call.over:
-            assert call.lease is not None
-            self.models.acquire(call.lease, entry)
-
     # ------------------------------------------------------------ the verbs
 
     def _start(self, peer: Peer, call: Call, request: r.DataRequest) -> None:
@@ -424,34 +361,26 @@ class FrontService:
             self._result(call, peer.sessions.answer(request))
         elif isinstance(request, r.Embed):
             assert isinstance(call, Embedding)
-            texts, embedding = request, call
-            self._with_model(
+            inputs, embedding = request, call
+            self._serving.hold(
                 call,
-                texts.model,
-                lambda m: self._later(call, self._embed(embedding, texts, m)),
-                texts.keep_alive,
+                inputs.model,
+                lambda m: self._background.later(call, self._embed(embedding, inputs, m)),
+                inputs.keep_alive,
             )
-        elif isinstance(request, r.Tokenize):
-            text = request
-            self._with_model(
-                call, text.model, lambda m: self._later(call, self._tokenize(call, text, m))
-            )
-        elif isinstance(request, r.Detokenize):
-            tokens = request
-            self._with_model(
-                call, tokens.model, lambda m: self._later(call, self._detokenize(call, tokens, m))
-            )
-        elif isinstance(request, r.Render):
-            chat = request
-            self._with_model(
-                call, chat.model, lambda m: self._later(call, self._render(call, chat, m))
+        elif isinstance(request, texts.OfTexts):
+            asked = request
+            self._serving.hold(
+                call,
+                asked.model,
+                lambda m: self._background.later(call, self._of_texts(call, asked, m)),
             )
         elif isinstance(request, r.Models):
-            self._later(call, self._list(call))
+            self._background.later(call, self._list(call))
         elif isinstance(request, r.Load):
             self._access.require(call.connection.uid, "have a model loaded")
             name = request.model or (self._default.name if self._default else None)
-            self._with_model(call, name, lambda m: self._loaded(call, m), request.keep_alive)
+            self._serving.hold(call, name, lambda m: self._loaded(call, m), request.keep_alive)
         else:
             self._access.require(call.connection.uid, "have the model unloaded")
             self.models.unload(lambda name: self._result(call, {"unloaded": name}))
@@ -473,113 +402,39 @@ class FrontService:
                 self._streams.submit(stream, model, unpack_ids(request.tokens))
                 self._gate.passed(stream)
             else:
-                self._later(stream, self._submit_text(stream, model, request))
+                self._background.later(stream, self._submit_text(stream, model, request))
 
         def begin() -> None:
-            self._with_model(stream, request.model, use, request.keep_alive)
+            self._serving.hold(stream, request.model, use, request.keep_alive)
 
-        self._gate.enter(stream, lambda: self._guard(stream, begin))
+        self._gate.enter(stream, lambda: self._background.guard(stream, begin))
 
     async def _submit_text(self, stream: Stream, model: Model, request: r.Generation) -> None:
-        if model.text.pieces is None:
-            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
-        kind, grammar = request.constraint()
-        if kind:
-            await model.text.try_grammar(kind, grammar)
-        if stream.turn is not None:
-            prompt = await stream.turn.prompt(model)
-        elif isinstance(request, r.Chat):
-            chat = Conversation(request.messages, request.tools, request.template_args)
-            prompt = (await model.text.chat(chat)).ids
-        else:
-            assert isinstance(request, r.Generate)
-            if request.tokens is not None:
-                prompt = unpack_ids(request.tokens)
-            else:
-                assert request.prompt is not None
-                # As `tokenize` does by default: a text that apps pasted together cannot forge a
-                # turn.
-                prompt = await model.text.tokenize(request.prompt, special=False, bos=True)
+        prompt = await texts.prompt(request, model, stream.turn)
         if not stream.over:  # it may have been cancelled meanwhile
             self._streams.submit(stream, model, prompt)
         self._gate.passed(stream)
 
     async def _embed(self, call: Embedding, request: r.Embed, model: Model) -> None:
-        if request.tokens:
-            inputs = [unpack_ids(ids) for ids in request.tokens]
-        elif model.text.pieces is None:
-            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser: send token ids")
-        else:
-            inputs = [
-                await model.text.tokenize(text, special=False, bos=True) for text in request.texts
-            ]
-        for ids in inputs:
-            check_ids(ids, model.ready.vocab_size)
+        inputs = await texts.inputs(request, model)
         if not call.over:  # its client may have gone meanwhile
             self.watchdog.watch()
             self._embeddings.submit(call, model, inputs, normalize=request.normalize)
 
-    async def _tokenize(self, call: Call, request: r.Tokenize, model: Model) -> None:
-        if model.text.pieces is None:
-            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
-        ids = await model.text.tokenize(request.text, request.special, request.bos)
-        self._result(call, {"tokens": pack_ids(ids)})
-
-    async def _render(self, call: Call, request: r.Render, model: Model) -> None:
-        if model.text.pieces is None:
-            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
-        rendered = await model.text.chat(
-            Conversation(request.messages, request.tools, request.template_args)
-        )
-        told = {"text": rendered.text, "tokens": pack_ids(rendered.ids)}
-        self._result(call, {**told, "model": model.entry.name})
-
-    async def _detokenize(self, call: Call, request: r.Detokenize, model: Model) -> None:
-        ids = unpack_ids(request.tokens)
-        table = model.text.pieces
-        if table is None:
-            raise WireError("E_NO_TOKENIZER", "the model has no tokeniser")
-        check_ids(ids, len(table))
-        most = self._limits.list_entries
-        if request.pieces and len(ids) > most:
-            details = {"limit": "list_entries", "value": most, "tokens": len(ids)}
-            raise WireError(
-                "E_LIMIT", f"pieces of {len(ids)} tokens, {most} at most", details=details
-            )
-        detokenizer = Detokenizer(table)
-        parts = []
-        for at in range(0, len(ids), _SLICE):
-            parts.append(detokenizer.push(ids[at : at + _SLICE]))
-            await asyncio.sleep(0)
-        text = "".join(parts) + detokenizer.finish()
-        if table.space_prefix:
-            text = text.removeprefix(" ")
-        pieces = {"pieces": [table[token] for token in ids]} if request.pieces else {}
-        self._result(call, {"text": text, **pieces})
+    async def _of_texts(self, call: Call, request: texts.OfTexts, model: Model) -> None:
+        self._result(call, await texts.answer(request, model, self._limits.list_entries))
 
     async def _list(self, call: Call) -> None:
-        entries = await self._source.list()
-        current = self.models.current
-        loaded = current.entry.name if current else None
-        listed = [_described(entry, entry.name == loaded) for entry in entries]
-        if current and not any(entry.name == loaded for entry in entries):
-            listed.append(_described(current.entry, True))  # named by its path, or simulated
-        self._result(call, {"models": listed})
+        self._result(call, {"models": await self._serving.listed()})
 
     def _loaded(self, call: Call, model: Model) -> None:
-        self._result(call, {"model": _described(model.entry, True)})
+        self._result(call, {"model": described(model.entry, True)})
 
     def _cancel(self, uid: int, request: r.Cancel, connection: Connection | None) -> bool:
         """End what the request names, of the caller's own user; whether there was any."""
         streams = [
             stream
-            for peer in self._calls.peers.values()
-            if (
-                peer.connection is connection
-                if request.token is not None
-                else peer.connection.uid == uid
-                and (request.all or peer.connection.app == request.app)
-            )
+            for peer in self._calls.meant(uid, request, connection)
             for stream in _streams(peer)
             if request.target is None or stream.id == request.target
         ]
@@ -594,10 +449,6 @@ class FrontService:
             if not streams:
                 peer.foresee(request.target)
         return bool(streams)
-
-
-def _described(entry: Entry, loaded: bool) -> dict[str, Any]:
-    return {**entry.as_map(), "loaded": loaded}
 
 
 def _streams(peer: Peer) -> list[Stream]:

@@ -352,7 +352,7 @@ class World:
         promise(not streams._waiting, "streams wait")
         promise(self.draining is not None or not streams._by_rid, "streams are left")
         promise(not service._embeddings.running, "embeddings are left")
-        promise(not service._tasks, "tasks are left")
+        promise(not service._background.tasks, "tasks are left")
         promise(not calls._asked_bytes.total, "texts of calls are left")
         promise(not service._sessions_open.total and not service._pins._pinned, "sessions are left")
         promise(not self.apps._interactive, "samples are held:", self.apps._interactive)
