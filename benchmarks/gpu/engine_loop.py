@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend, Handle, Step, StepResult
 from pagedd_daemon.engine.core import Engine
 from pagedd_daemon.engine.grammar import Grammars
+from pagedd_daemon.engine.loop import SWITCH_S
 from pagedd_daemon.params import SamplingParams, StopParams
 
 SALT = bytes(32)
@@ -87,6 +89,7 @@ class Loop:
 
     def __init__(self, backend: Backend, grammars: Grammars | None = None) -> None:
         self.backend = backend
+        sys.setswitchinterval(SWITCH_S)  # as the engine's own loop does
         observed = cast(Backend, Observed(backend, self))
         self.engine = Engine(observed, time.monotonic, grammars)
         self.requests: dict[int, Request] = {}

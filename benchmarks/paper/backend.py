@@ -104,6 +104,9 @@ class TimingBackend:
         self._blocked_s = 0.0
         return ends
 
+    def draw(self, handle: Handle) -> None:
+        """See `Backend`: nothing is put off."""
+
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`. Draws nothing: which tokens come out is the caller's."""
         assert isinstance(handle, _Ends)

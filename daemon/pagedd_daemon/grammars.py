@@ -39,16 +39,21 @@ class _Pieces:
         self.special_token_ids = [i for i, piece in enumerate(pieces) if not piece]
         self.tokens = [piece or b"<|%d|>" % i for i, piece in enumerate(pieces)]
         self._ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece}
-        self._longest = max(map(len, self._ids), default=1)
+        lengths: list[set[int]] = [set() for _ in range(256)]
+        for piece in self._ids:
+            lengths[piece[0]].add(len(piece))
+        self._lengths = [sorted(some, reverse=True) for some in lengths]
+        """Of the pieces that begin with each byte, the longest first: a mask is asked for while a
+        device waits, and most bytes begin pieces of few lengths."""
 
     def __call__(self, text: bytes) -> list[int]:
         """Ids of a text that a grammar leaves no choice about: the longest piece each time."""
         ids: list[int] = []
         at = 0
         while at < len(text):
-            for length in range(min(self._longest, len(text) - at), 0, -1):
+            for length in self._lengths[text[at]]:
                 token = self._ids.get(text[at : at + length])
-                if token is not None:
+                if token is not None and at + length <= len(text):
                     ids.append(token)
                     at += length
                     break

@@ -8,7 +8,9 @@ The step loop calls a backend from one thread, in this order per step::
     for transfer in backend.poll_transfers(): ...
 
 A backend whose ``launch`` returns early takes a second step before the first is collected. The
-tokens that the first will draw are not known by then: the second names them as `PENDING`.
+tokens that the first will draw are not known by then: the second names them as `PENDING`. Once the
+first is collected and its tokens are accepted, ``backend.draw(handle)`` of the second draws what a
+grammar kept from being drawn before.
 """
 
 from __future__ import annotations
@@ -274,10 +276,22 @@ class Backend(Protocol):
         are collected in the order of their launches.
 
         A sampler of a second step has not yet accepted the token that the first draws for it: its
-        penalties and its random number are those of one token later.
+        penalties and its random number are those of one token later. Where it has a grammar, which
+        must see that token before it can tell what may follow, the draws of the step are put off
+        until `draw`.
 
         Raises:
             DeviceMemoryError: There is not enough memory for it.
+        """
+        ...
+
+    def draw(self, handle: Handle) -> None:
+        """Draw what `launch` has put off of the step, if anything, by the next `launch` or
+        `collect`. No sampler of the step may be touched until then.
+
+        Called where a step is in flight and the one before it was collected: its tokens have been
+        accepted, or have ended their samples, whose draws in this step are of no use to anybody.
+        Where there is not enough memory for it, `collect` says so, and a `launch` before that.
         """
         ...
 

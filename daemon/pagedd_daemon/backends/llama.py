@@ -389,6 +389,9 @@ class LlamaBackend:
         assert total <= self._caps.max_step_tokens
         return total, rows
 
+    def draw(self, handle: Handle) -> None:
+        """See `Backend`: nothing is put off."""
+
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`."""
         assert isinstance(handle, _Handle)

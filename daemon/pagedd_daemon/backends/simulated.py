@@ -69,10 +69,21 @@ _SPIN_S = 100e-6
 
 
 @dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Draws of a step: logits, whose they are, and row and sampler of each."""
+
+    logits: npt.NDArray[np.float32]
+    sequences: list[int]
+    rows: list[tuple[int, Sampler]]
+
+
+@dataclass(slots=True)
 class _Handle:
     epoch: int
     drawn: list[tuple[int, Drawn]] | None
     """None: the step fails."""
+    put_off: _Wanted | None
+    """Draws that wait for what grammars say to the step before."""
     scored: list[tuple[int, list[Drawn]]]
     ends: float
     seconds: float
@@ -86,6 +97,13 @@ def wait_until(moment: float) -> None:
         time.sleep(nap)
     while time.perf_counter() < moment:
         pass
+
+
+def _waits(run: Run) -> bool:
+    """Whether a grammar of the run must see a token before anything can be drawn for it."""
+    if run.tokens.item(0) != PENDING:
+        return False
+    return any(one.sampler.matcher is not None for one in run.draws)
 
 
 class SimulatedBackend:
@@ -249,21 +267,31 @@ class SimulatedBackend:
         begin = max(self._clock(), self._busy_until)
         number, self._steps = self._steps, self._steps + 1
         seconds = self._step_s + self._token_s * sum(len(run.tokens) for run in step.runs)
-        drawn: list[tuple[int, Drawn]] | None = None
-        scored: list[tuple[int, list[Drawn]]] = []
+        hangs = number == self.faults.hang_at_step
+        self._busy_until = begin + seconds
+        handle = _Handle(step.epoch, None, None, [], begin + seconds, seconds, hangs)
         if number in self.faults.steps:
             self._tokens = {one.seq: 0 for run in step.runs for one in run.draws}
             self._spoilt.update(run.seq for run in step.runs)
             for run in step.runs:
                 self._write(run, np.full(len(run.tokens), POISON, np.uint64))
+            return handle
+        put_off = any(_waits(run) for run in step.runs)
+        wanted = self._compute([self._known(run, ahead=not put_off) for run in step.runs])
+        handle.scored = [
+            (r.seq, self._score(r, r.follows)) for r in step.runs if r.follows is not None
+        ]
+        if put_off:
+            handle.drawn, handle.put_off = [], replace(wanted, logits=wanted.logits.copy())
         else:
-            drawn = self._compute(step.runs)
-            scored = [
-                (r.seq, self._score(r, r.follows)) for r in step.runs if r.follows is not None
-            ]
-        hangs = number == self.faults.hang_at_step
-        self._busy_until = begin + seconds
-        return _Handle(step.epoch, drawn, scored, begin + seconds, seconds, hangs)
+            handle.drawn = self._drawn(wanted)
+        return handle
+
+    def draw(self, handle: Handle) -> None:
+        """See `Backend`."""
+        assert isinstance(handle, _Handle)
+        if handle.put_off is not None:
+            handle.drawn, handle.put_off = self._drawn(handle.put_off), None
 
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`."""
@@ -274,10 +302,11 @@ class SimulatedBackend:
         if handle.drawn is None:
             self._spoilt.clear()
             raise StepFaultError("the simulated device refused the step")
+        assert handle.put_off is None, "its draws were not asked for"
         return StepResult(handle.epoch, handle.drawn, handle.seconds, handle.scored)
 
-    def _compute(self, runs: list[Run]) -> list[tuple[int, Drawn]]:
-        runs = [self._known(run) for run in runs]
+    def _compute(self, runs: list[Run]) -> _Wanted:
+        """Cells and logits of runs whose input is known; the logits are valid until the next."""
         sequences: list[int] = []
         wanted: list[tuple[int, Sampler]] = []
         rows = 0
@@ -292,9 +321,13 @@ class SimulatedBackend:
                 sequences.append(one.seq)
                 wanted.append((rows, one.sampler))
             rows += 1
-        drawn = draw(self._rows[:rows], wanted) if rows else []
-        self._tokens = {seq: one.token for seq, one in zip(sequences, drawn, strict=True)}
-        return list(zip(sequences, drawn, strict=True))
+        return _Wanted(self._rows[:rows], sequences, wanted)
+
+    def _drawn(self, wanted: _Wanted) -> list[tuple[int, Drawn]]:
+        drawn = draw(wanted.logits, wanted.rows) if wanted.rows else []
+        found = list(zip(wanted.sequences, drawn, strict=True))
+        self._tokens = {seq: one.token for seq, one in found}
+        return found
 
     def _score(self, run: Run, following: Tokens) -> list[Drawn]:
         """How likely what follows each token of a run that has been computed was."""
@@ -306,12 +339,15 @@ class SimulatedBackend:
             self._fill(row, replace(run, tokens=run.tokens[: at + 1]), last)
         return score(rows, following, run.top)
 
-    def _known(self, run: Run) -> Run:
-        """A run whose input the step before has drawn, with that token and as of after it."""
+    def _known(self, run: Run, *, ahead: bool) -> Run:
+        """A run whose input the step before has drawn, with that token, and where it draws
+        ``ahead``, as of after it."""
         if run.tokens.item(0) != PENDING:
             return run
         token = max(0, self._tokens[run.seq])  # what follows a NaN is of no use to anybody
-        draws = [Draw(one.seq, one.sampler.after(token)) for one in run.draws]
+        draws = run.draws
+        if ahead:
+            draws = [Draw(one.seq, one.sampler.after(token)) for one in run.draws]
         return replace(run, tokens=np.array([token], np.int32), draws=draws)
 
     def _advance(self, run: Run) -> int:

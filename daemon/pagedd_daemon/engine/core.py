@@ -324,6 +324,8 @@ class Engine:
             self._fail(step, fault)
         else:
             self._retire(step, result, say)
+        if self._flights:  # what its step has put off until these tokens were accepted
+            self._backend.draw(self._flights[0][1])
 
     def _advance_searches(self) -> None:
         """Searches take their steps before a plan is made: an end may change it."""

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import sys
 import threading
 import time
 
@@ -28,6 +29,9 @@ _SAVE_S = 2.0
 """Seconds that the end of an engine waits for copies to a store that persists; the front gives an
 engine five in all."""
 _RECEIVE_BYTES = 1 << 20
+SWITCH_S = 0.0005
+"""After which threads that copy or compile get the interpreter from the loop. They want it for
+microseconds, and a step waits for them: Python's own 5 ms are as long as the step."""
 
 
 class Disconnected(Exception):  # noqa: N818
@@ -117,6 +121,7 @@ def run(
     # A step makes and drops some hundred containers, none in cycles: the default of 700 would have
     # the youngest generation searched every few steps.
     gc.set_threshold(50_000, 20, 50)
+    sys.setswitchinterval(SWITCH_S)
     snapshots = _Snapshots(engine, link)
     messages = first
     while True:

@@ -163,7 +163,7 @@ class Sampler:
 
     def after(self, token: int) -> Sampler:
         """This sampler as it will be once ``token`` is accepted; this one stays as it is."""
-        assert self._matcher is None, "constrained rows wait for their token"
+        assert self._matcher is None, "constrained draws wait for their token"
         other = copy.copy(self)
         if self._penalties is not None:
             other._penalties = self._penalties.copy()

@@ -180,8 +180,8 @@ class Sequence:
             return False
         if not self.drawing:
             return True
-        if request.constrained or request.beams is not None:
-            return False  # what may follow the token in flight is known when that is
+        if request.beams is not None:
+            return False  # what becomes of it is known when its candidates are
         generated = self.tokens.length - request.prompt_tokens
         if generated + self.drawing >= request.stop.max_tokens:
             return False

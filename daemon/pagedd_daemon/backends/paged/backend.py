@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from kvpager.types import (
     Adopt,
@@ -32,7 +32,6 @@ from pagedd_daemon.backends.base import (
     PENDING,
     Capabilities,
     DeviceMemoryError,
-    Draw,
     Elastic,
     Embedder,
     Handle,
@@ -45,18 +44,24 @@ from pagedd_daemon.backends.base import (
 from pagedd_daemon.backends.paged.arena import PADDING_BLOCKS, Arena
 from pagedd_daemon.backends.paged.caches import CompileCounter
 from pagedd_daemon.backends.paged.device_memory import free_bytes, ran_out, total_bytes
+from pagedd_daemon.backends.paged.drawing import (
+    Drawer,
+    Flight,
+    PutOff,
+    Results,
+    waits_for_grammars,
+)
 from pagedd_daemon.backends.paged.layout import Buckets, Layout, StepShape, layout
-from pagedd_daemon.backends.paged.prompts import PromptScores, joined, score_prompts
+from pagedd_daemon.backends.paged.prompts import score_prompts
 from pagedd_daemon.backends.paged.runner import Model, Runner
-from pagedd_daemon.backends.paged.sampling import CountTable, StagedDraw, Wanted, stage
+from pagedd_daemon.backends.paged.sampling import CountTable, Wanted, stage
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.backends.paged.staging import HostBuffer, fill
 from pagedd_daemon.backends.paged.startup import LoadReport
 from pagedd_daemon.backends.paged.transfers import Transfers
-from pagedd_daemon.engine.sampler import Drawn
 from pagedd_daemon.engine.tiers.disk import filled
 from pagedd_daemon.engine.tiers.opening import Disk
-from pagedd_kernels import Sampled, copy_blocks, sample
+from pagedd_kernels import copy_blocks
 
 log = logging.getLogger(__name__)
 
@@ -69,36 +74,6 @@ _LEAST_KNOWN_TOKENS = 16
 _STEPS_IN_PIECES = 50
 """After so many steps in pieces, pieces twice as large are tried: who took the memory may be gone.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """Log-probabilities of some draws on their way to the host, and from which draw on they are."""
-
-    first: int
-    logprobs: Tensor
-    tops: tuple[Tensor, Tensor] | None
-
-
-@dataclass(slots=True)
-class _Results:
-    """Where a step's results arrive."""
-
-    tokens: Tensor
-    """int32, one per draw."""
-    begun: torch.cuda.Event | None
-    done: torch.cuda.Event | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Handle:
-    epoch: int
-    draws: list[Draw]
-    results: _Results
-    scored: list[_Scored]
-    prompts: list[PromptScores]
-    seconds: float
-    """On the CPU, where the work is done."""
 
 
 class PagedBackend:
@@ -137,23 +112,19 @@ class PagedBackend:
         self._buffers = deque(
             HostBuffer(size, pinned=self._cuda) for _ in range(STEPS_IN_FLIGHT + 1)
         )
-        self._results = deque(self._make_results() for _ in range(STEPS_IN_FLIGHT + 1))
+        self._drawer = Drawer(runner, self._counts, self._buffers)
+        draws = runner.limits.sequences
+        self._results = deque(Results(draws, cuda=self._cuda) for _ in range(STEPS_IN_FLIGHT + 1))
         self._layouts: dict[StepShape, Layout] = {}
         self._pending: dict[int, int] = {}
-        self._begun: torch.cuda.Event | None = None
+        self._in_flight = 0
+        """Steps that were launched and not collected."""
+        self._begun: Results | None = None
         self._weight_bytes = model.weight_bytes
         self._piece_tokens = caps.max_step_tokens
         self._in_pieces = 0
         """Steps since that was changed."""
         self._closed = False
-
-    def _make_results(self) -> _Results:
-        tokens = torch.zeros(self._limits.sequences, dtype=torch.int32, pin_memory=self._cuda)
-        if not self._cuda:
-            return _Results(tokens, None, None)
-        # Waiting sleeps instead of spinning: the step behind this one keeps the device busy.
-        done = torch.cuda.Event(enable_timing=True, blocking=True)
-        return _Results(tokens, torch.cuda.Event(enable_timing=True), done)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -279,6 +250,7 @@ class PagedBackend:
             self._closed = True
             if self._cuda:
                 torch.cuda.synchronize()
+            self._drawer.close()
             self._transfers.close()
             self._disk.close()
             self._ram.close()
@@ -288,46 +260,61 @@ class PagedBackend:
     # --------------------------------------------------------------------------------------- step
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> _Handle:
+    def launch(self, step: Step) -> Flight:
         """See `Backend`."""
         begin = time.perf_counter()
+        before = self._drawer.late_of()
+        if before is not None:
+            with self._drawing_late(before):
+                self._drawer.finish_late()
+            if before.refused:
+                raise DeviceMemoryError(before.refused)  # there are no tokens to go on from
         self._results.rotate(-1)
-        results = self._results[0]
-        self._begun = results.begun
-        draws: list[Draw] = []
-        scored: list[_Scored] = []
-        prompts: list[PromptScores] = []
-        self._compute(step.runs, draws, scored, prompts)
-        count = len(draws)
-        if count:
-            results.tokens[:count].copy_(self._runner.drawn[:count], non_blocking=True)
-        if results.done is not None:
-            results.done.record()
-        self._pending = {draw.seq: at for at, draw in enumerate(draws)}
-        seconds = time.perf_counter() - begin
-        return _Handle(step.epoch, draws, results, scored, prompts, seconds)
+        self._begun = results = self._results[0]
+        flight = Flight(step.epoch, results, waits_for_grammars(step.runs))
+        self._compute(step.runs, flight)
+        if flight.waits:
+            results.mark(1)
+        else:
+            results.end(self._runner.drawn, len(flight.draws))
+        self._pending = {draw.seq: at for at, draw in enumerate(flight.draws)}
+        self._in_flight += 1
+        flight.seconds = 0.0 if self._cuda else time.perf_counter() - begin
+        return flight
 
+    @torch.inference_mode()
+    def draw(self, handle: Handle) -> None:
+        """See `Backend`."""
+        assert isinstance(handle, Flight)
+        if handle.put_off:
+            with self._drawing_late(handle):
+                self._drawer.begin_late(handle)
+
+    @torch.inference_mode()
     def collect(self, handle: Handle) -> StepResult:
         """See `Backend`."""
-        assert isinstance(handle, _Handle)
-        results, seconds = handle.results, handle.seconds
-        if results.done is not None and results.begun is not None:
-            results.done.synchronize()
-            seconds = results.begun.elapsed_time(results.done) * 1e-3
-        tokens = results.tokens[: len(handle.draws)].tolist()
-        drawn = [(draw.seq, Drawn(token)) for draw, token in zip(handle.draws, tokens, strict=True)]
-        for part in handle.scored:
-            _add_logprobs(drawn, handle.draws, part)
-        told = joined(handle.prompts)
-        return StepResult(handle.epoch, drawn, seconds, told)
+        assert isinstance(handle, Flight)
+        self._in_flight -= 1
+        if self._drawer.late_of() is handle:
+            with self._drawing_late(handle):
+                self._drawer.finish_late()
+        return handle.collected()
 
-    def _compute(
-        self,
-        runs: Sequence[Run],
-        draws: list[Draw],
-        scored: list[_Scored],
-        prompts: list[PromptScores],
-    ) -> None:
+    @contextmanager
+    def _drawing_late(self, flight: Flight) -> Iterator[None]:
+        """Launch draws that were put off; without memory their step has failed."""
+        begin = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            torch.cuda.empty_cache()
+            self._counts.forget(draw.sampler for draw in flight.draws)
+            flight.refused = f"the device is out of memory: {error}"
+        flight.seconds += 0.0 if self._cuda else time.perf_counter() - begin
+
+    def _compute(self, runs: Sequence[Run], flight: Flight) -> None:
         """Compute the runs, in smaller pieces where memory runs out.
 
         Raises:
@@ -340,11 +327,11 @@ class PagedBackend:
                 least = _least_piece(runs)
             piece, left = cut(rest, max(self._piece_tokens, least))
             try:
-                self._compute_piece(piece, draws, scored, prompts)
+                self._compute_piece(piece, flight, last=not left)
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-                self._retreat(error, _least_piece(runs), draws)
+                self._retreat(error, _least_piece(runs), flight)
             else:
                 rest = left
         if self._piece_tokens < self._caps.max_step_tokens:
@@ -357,64 +344,53 @@ class PagedBackend:
             self._in_pieces = 0
             self._piece_tokens = min(2 * self._piece_tokens, self._caps.max_step_tokens)
 
-    def _retreat(self, error: RuntimeError, least: int, draws: Sequence[Draw]) -> None:
-        """Compute smaller pieces from now on; ``draws`` are those of the pieces before."""
+    def _retreat(self, error: RuntimeError, least: int, flight: Flight) -> None:
+        """Compute smaller pieces from now on; ``flight`` has the draws of the pieces before."""
         torch.cuda.empty_cache()
         if self._piece_tokens <= least:
-            self._counts.forget(draw.sampler for draw in draws)
+            if not flight.waits:
+                self._counts.forget(draw.sampler for draw in flight.draws)
             raise DeviceMemoryError(f"the device is out of memory: {error}") from error
         self._piece_tokens = max(self._piece_tokens // 2, least)
         self._in_pieces = 0
         log.warning("out of memory: steps in pieces of %d tokens", self._piece_tokens)
 
-    def _compute_piece(
-        self,
-        runs: Sequence[Run],
-        draws: list[Draw],
-        scored: list[_Scored],
-        prompts: list[PromptScores],
-    ) -> None:
-        """Logits of some runs, and what is drawn from them, added to ``draws``."""
+    def _compute_piece(self, runs: Sequence[Run], flight: Flight, *, last: bool) -> None:
+        """Logits of some runs, and what is drawn from them, added to ``flight``."""
         where, captured = self._layout(runs)
-        self._buffers.rotate(-1)
-        buffer = self._buffers[0]
-        buffer.wait()
+        buffer = self._drawer.next_buffer()
         host = buffer.arrays(where, keep=captured)
         filled = fill(
             host, runs, self._pending, self._limits.block_tokens, decode=where.shape.decode
         )
         end = where.tables + -(-filled.blocks // 4) * 16
         asked = [(row, draw) for row, at in enumerate(filled.drawing) for draw in runs[at].draws]
-        wanted = [Wanted(row, draw.sampler, filled.ahead[row]) for row, draw in asked]
-        staged = stage(wanted, self._counts, buffer.bytes, end)
+        wanted: list[Wanted] = []
+        staged = None
+        if asked and not flight.waits:
+            wanted = [Wanted(row, draw.sampler, filled.ahead[row]) for row, draw in asked]
+            staged = stage(wanted, self._counts, buffer.bytes, end)
+            end = staged.end
         if self._begun is not None:
-            self._begun.record()
+            self._begun.mark(0)
             self._begun = None
-        buffer.copy_to(self._runner.inputs, staged.end)
+        buffer.copy_to(self._runner.inputs, end)
         try:
             logits = self._runner.run(where, filled.max_query)
             following = [run for run in runs if run.follows is not None]
             if following:
-                prompts.append(score_prompts(logits[len(filled.drawing) :], following))
-            if not wanted:
-                return
-            sampled = self._draw(logits, wanted, staged)
+                flight.prompts.append(score_prompts(logits[len(filled.drawing) :], following))
+            if staged is not None:
+                self._drawer.draw(flight, logits, wanted, staged)
+            elif asked:
+                # The next piece would overwrite them.
+                kept = logits if last else logits[: len(filled.drawing)].clone()
+                flight.put_off.append(PutOff(kept, asked))
         except RuntimeError:
-            if staged.counts is not None:
+            if staged is not None and staged.counts is not None:
                 self._counts.undo(wanted)
             raise
-        first, count = len(draws), len(wanted)
-        self._runner.drawn[first : first + count] = sampled.tokens
-        if sampled.logprobs is not None:
-            scored.append(self._send_logprobs(first, sampled))
-        draws += [draw for _, draw in asked]
-
-    def _draw(self, logits: Tensor, wanted: Sequence[Wanted], staged: StagedDraw) -> Sampled:
-        rows = [one.row for one in wanted]
-        if len(rows) > rows[-1] + 1:  # several draws from one row
-            index = torch.tensor(rows, pin_memory=self._cuda)
-            logits = logits[index.to(logits.device, non_blocking=True)]
-        return sample(logits[: len(rows)], staged.params(self._runner.inputs))
+        flight.draws += [draw for _, draw in asked]
 
     def _layout(self, runs: Sequence[Run]) -> tuple[Layout, bool]:
         """Where the arrays of a step lie, and whether there is a graph for it."""
@@ -429,17 +405,6 @@ class PagedBackend:
         if known is None:
             known = self._layouts[shape] = layout(shape)
         return known, True
-
-    def _send_logprobs(self, first: int, sampled: Sampled) -> _Scored:
-        def send(values: Tensor) -> Tensor:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._cuda)
-            return host.copy_(values, non_blocking=True)
-
-        assert sampled.logprobs is not None
-        tops = None
-        if sampled.top_tokens is not None and sampled.top_logprobs is not None:
-            tops = send(sampled.top_tokens), send(sampled.top_logprobs)
-        return _Scored(first, send(sampled.logprobs), tops)
 
 
 def _least_piece(runs: Sequence[Run]) -> int:
@@ -464,19 +429,3 @@ def cut(runs: Sequence[Run], tokens: int) -> tuple[Sequence[Run], Sequence[Run]]
             return [*runs[:at], head], [tail, *runs[at + 1 :]]
         room -= length
     return runs, ()
-
-
-def _add_logprobs(drawn: list[tuple[int, Drawn]], draws: Sequence[Draw], part: _Scored) -> None:
-    """Complete what was drawn where log-probabilities were asked for."""
-    values = part.logprobs.tolist()
-    tops = [t.tolist() for t in part.tops] if part.tops is not None else None
-    for at, value in enumerate(values, start=part.first):
-        seq, one = drawn[at]
-        asked = draws[at].sampler.params.logprobs
-        if asked < 0 or one.token < 0:
-            continue
-        best: tuple[tuple[int, float], ...] = ()
-        if tops is not None:
-            row = at - part.first
-            best = tuple(zip(tops[0][row][:asked], tops[1][row][:asked], strict=True))
-        drawn[at] = seq, Drawn(one.token, value, best)

@@ -8,7 +8,8 @@ those of one token later, and the table of what was seen is brought up to date o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pagedd_daemon.backends.paged.layout import ALIGNMENT
+from pagedd_daemon.engine.grammar import Matcher, write_words
 from pagedd_daemon.engine.sampler import Sampler
 from pagedd_kernels import Penalties, SampleParams, fill_counts
 
@@ -141,10 +143,16 @@ class _Columns:
     """Name to offset, shape and type."""
 
     def put(self, name: str, values: npt.NDArray[Any]) -> None:
-        size = values.nbytes
-        self.buffer[self.end : self.end + size] = values.reshape(-1).view(np.uint8)
-        self.places[name] = (self.end, values.shape, torch.from_numpy(values).dtype)
+        self.take(name, values.shape, values.dtype)[:] = values
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """The array itself, for the caller to write."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        array: npt.NDArray[Any] = self.buffer[self.end : self.end + size].view(dtype)
+        array = array.reshape(shape)
+        self.places[name] = (self.end, shape, torch.from_numpy(array).dtype)
         self.end += -(-size // ALIGNMENT) * ALIGNMENT
+        return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +209,16 @@ class StagedDraw:
 
 
 def stage(
-    wanted: Sequence[Wanted], counts: CountTable, buffer: npt.NDArray[np.uint8], begin: int
+    wanted: Sequence[Wanted],
+    counts: CountTable,
+    buffer: npt.NDArray[np.uint8],
+    begin: int,
+    write_words: Callable[[Sequence[Matcher], npt.NDArray[np.int32]], None] = write_words,
 ) -> StagedDraw:
-    """Write the parameters of a draw into a staging buffer, from byte ``begin`` on."""
+    """Write the parameters of a draw into a staging buffer, from byte ``begin`` on.
+
+    ``write_words`` writes what grammars let follow.
+    """
     columns = _Columns(buffer, begin)
     samplers = [one.sampler for one in wanted]
     params = [sampler.params for sampler in samplers]
@@ -233,21 +248,27 @@ def stage(
     if any(mask.size for mask in masks):
         columns.put("masked", _padded(masks, np.int32, -1))
     if any(sampler.matcher is not None for sampler in samplers):
-        _put_allowed(columns, samplers)
+        _put_allowed(columns, samplers, write_words)
     logprobs = max((p.logprobs for p in params), default=-1)
     return StagedDraw(columns.end, columns.places, table, logprobs)
 
 
-def _put_allowed(columns: _Columns, samplers: Sequence[Sampler]) -> None:
+def _put_allowed(
+    columns: _Columns,
+    samplers: Sequence[Sampler],
+    write_words: Callable[[Sequence[Matcher], npt.NDArray[np.int32]], None],
+) -> None:
     """What grammars let follow: a line for each sample that has one."""
     at = np.full(len(samplers), -1, np.int32)
-    words: list[npt.NDArray[np.int32]] = []
+    matchers: list[Matcher] = []
     for row, sampler in enumerate(samplers):
         if sampler.matcher is not None:
-            at[row] = len(words)
-            words.append(sampler.matcher.words())
+            at[row] = len(matchers)
+            matchers.append(sampler.matcher)
     columns.put("allowed_rows", at)
-    columns.put("allowed", np.stack(words))
+    shape = len(matchers), -(-samplers[0].vocab_size // 32)
+    # Where they lie, not copied there: 16 KB each.
+    write_words(matchers, columns.take("allowed", shape, np.int32))
 
 
 def _padded(rows: Sequence[npt.NDArray[Any]], dtype: Any, padding: int) -> npt.NDArray[Any]:

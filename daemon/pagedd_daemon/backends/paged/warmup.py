@@ -10,7 +10,7 @@ without running anything again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import cast
@@ -102,22 +102,16 @@ class Rehearsal:
                     continue  # sorted by torch, which compiles nothing: 256 rows take 0.1 s
                 buffer.wait()
                 wanted = [Wanted(row, sampler, 0) for row in range(size)]
-                staged = stage(wanted, counts, buffer.bytes, 0)
+                staged = stage(wanted, counts, buffer.bytes, 0, _everything)
                 buffer.copy_to(runner.inputs, staged.end)
                 sample(logits[:size], staged.params(runner.inputs))
                 draws += 1
         return draws
 
 
-class _Anything:
-    """A grammar that lets everything follow."""
-
-    def __init__(self, vocab: int) -> None:
-        self._words = np.full(-(-vocab // 32), -1, np.int32)
-
-    def words(self) -> npt.NDArray[np.int32]:
-        """See `Matcher.words`."""
-        return self._words
+def _everything(_: Sequence[Matcher], words: npt.NDArray[np.int32]) -> None:
+    """As if grammars let everything follow."""
+    words.fill(-1)
 
 
 def _sampler(params: SamplingParams, vocab: int, *, constrained: bool = False) -> Sampler:
@@ -126,7 +120,7 @@ def _sampler(params: SamplingParams, vocab: int, *, constrained: bool = False) -
     stop = StopParams(max_tokens=9, min_tokens=9 if stops else 0, stop_token_ids=stops)
     prompt = np.zeros(1, np.int32)
     eog = frozenset({0})
-    matcher = cast(Matcher, _Anything(vocab)) if constrained else None
+    matcher = cast(Matcher, _everything) if constrained else None
     return Sampler(
         params, stop, index=0, prompt=prompt, vocab_size=vocab, eog_tokens=eog, matcher=matcher
     )
