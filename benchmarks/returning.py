@@ -6,17 +6,15 @@ disk, what the page cache holds of its file is dropped before each return.
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
 import pagedd
 from benchmarks.decoding import random_prompt
+from benchmarks.page_cache import drop_cache
 from benchmarks.report import Report, Row
 from benchmarks.service import Daemon
 
@@ -120,20 +118,7 @@ def _settle(daemon: Daemon, tokens: int) -> None:
 def _drop_cache(daemon: Daemon) -> None:
     """Have the kernel forget what it holds of the engine's file on disk."""
     (engine,) = [p for p in daemon.processes() if "pagedd_daemon.engine" in p.cmdline()]
-    for entry in Path(f"/proc/{engine.pid}/fd").iterdir():
-        try:
-            target = os.readlink(entry)
-        except FileNotFoundError:
-            continue
-        if target.endswith(" (deleted)") and "pagedd-bench-disk-" in target:
-            descriptor = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # what is not written yet cannot be dropped
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-            return
-    raise psutil.NoSuchProcess(engine.pid, msg="the engine has no file on disk")
+    drop_cache(engine.pid, "pagedd-bench-disk-")
 
 
 def _spread(seconds: list[float]) -> str:

@@ -34,6 +34,7 @@ def _stages() -> dict[str, Callable[[Report], None]]:
         "give-back": memory.give_back,
         "swap": memory.swap,
         "returning": returning.returning,
+        "returning-disk": returning.from_disk,
         "constrained": constrained.constrained,
         "energy": prefill.energy,
         "start": _serving("start"),

@@ -10,6 +10,7 @@ from benchmarks.gpu.made_models import llama_8b
 from benchmarks.report import Report, Row
 from pagedd_daemon.backends.paged.backend import PagedBackend
 from pagedd_daemon.backends.paged.load import Wishes, serve
+from pagedd_daemon.engine.tiers.opening import DiskWishes
 from pagedd_daemon.models.decoder import Decoder
 
 CONTEXT = 8192
@@ -26,6 +27,7 @@ def backend_8b(
     ram_gb: float = 0.0,
     context: int = CONTEXT,
     eog_tokens: frozenset[int] = frozenset(),
+    disk: DiskWishes | None = None,
 ) -> tuple[PagedBackend, dict[str, float]]:
     """A backend that is warmed up, and the seconds its parts took."""
     device = torch.device("cuda", 0)
@@ -37,6 +39,7 @@ def backend_8b(
         kv_tokens=int(kv_gb * 1e9) // KV_BYTES_PER_TOKEN // 16 * 16,
         ram_bytes=int(ram_gb * 1e9),
         eog_tokens=eog_tokens,
+        disk=disk or DiskWishes(),
     )
     backend = serve(model, wishes)
     torch.cuda.synchronize()

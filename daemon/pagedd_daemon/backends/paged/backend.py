@@ -197,7 +197,7 @@ class PagedBackend:
 
     def poll_transfers(self) -> list[TransferResult]:
         """See `Backend`."""
-        return self._transfers.poll()
+        return self._transfers.poll(idle=not self._in_flight)
 
     def commit(self, transfer: Store | Spill, names: Sequence[PageName | None]) -> None:
         """See `Backend`."""

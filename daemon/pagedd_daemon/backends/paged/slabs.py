@@ -119,6 +119,10 @@ class RamTier:
         number, at = self._find(slot, count)
         return self._addresses[number] + at * self.page_bytes
 
+    def locked(self, slot: int) -> bool:
+        """Whether the slots up to ``slot`` are page-locked."""
+        return slot // self.slab_pages < self._locked
+
     def _find(self, slot: int, count: int) -> tuple[int, int]:
         """The slab of some slots, which is there then, and which of its pages is the first."""
         number, at = divmod(slot, self.slab_pages)

@@ -1,14 +1,15 @@
-"""Pages between the pool, RAM and disk: one thread that submits copies, two streams each way.
+"""Pages between the pool, RAM and disk: one thread that submits copies, a stream each way.
 
-Submitting a copy costs 6.6 µs of Python, so a swap of a long sequence would hold up the step loop
-for milliseconds: a thread of its own submits them. What keeps it free of races:
+Submitting a page costs some 5 µs of Python, so a swap of a long sequence would hold up the step
+loop for a millisecond: a thread of its own submits them. What keeps it free of races:
 
 * A store waits, on its stream, for every step that was launched before it: they may write its
   blocks. The pager hands the blocks to nobody before the store is reported as done.
 * A load begins at once: the pager gives out no block that a step in flight may touch. Only a
   copy-on-write or a fresh segment's zeroing that is still queued may, so loads wait for the last of
   these (`Transfers.fence`). The steps that read the blocks come after the report.
-* Reports are made by the step loop, from events that have ended.
+* Reports are made by the step loop, from events that have ended. Where one is made a little early
+  (`Transfers.poll`), everything that comes after it on the steps' stream waits for the load.
 
 On the CPU the same pages are copied while `submit` is called. What goes to disk, or comes from it,
 goes through host memory: a store is copied first and then written, a load read and then copied.
@@ -22,14 +23,16 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvpager.types import Load, Page, Spill, Store, Tier
 from pagedd_daemon.backends.base import TransferResult
 from pagedd_daemon.backends.paged.arena import PADDING_BLOCKS
+from pagedd_daemon.backends.paged.batches import Batches
 from pagedd_daemon.backends.paged.slabs import RamTier
 from pagedd_daemon.engine.tiers.disk import Blob, DiskTier, Moved
 from pagedd_daemon.engine.tiers.ram import Bytes
@@ -37,6 +40,14 @@ from pagedd_daemon.engine.tiers.ram import Bytes
 log = logging.getLogger(__name__)
 
 Transfer: TypeAlias = "Store | Load"
+
+AHEAD_BYTES = 192 << 20
+"""Of a load whose last so many bytes are on their way, an idle device may be told: they take 3.6 ms
+over a bus of 55 GB/s, and the host as long until the step that reads them is launched."""
+
+
+_BATCH_PAGES = 64
+"""Pages of a batch: with more the bus is no busier, and its first byte waits for all of them."""
 
 
 class Host(Protocol):
@@ -54,20 +65,31 @@ class Host(Protocol):
         """Where `pages` begins."""
         ...
 
+    def locked(self, slot: int) -> bool:
+        """Whether the places up to ``slot`` are page-locked."""
+        ...
+
 
 class _Staged:
     """Host memory for the pages of one transfer, in order."""
 
-    def __init__(self, memory: Tensor) -> None:
+    slab_pages = 1
+    """They need not follow one another."""
+
+    def __init__(self, memory: Sequence[Tensor]) -> None:
         self.memory = memory
-        self.slab_pages = max(1, len(memory))
-        self.page_bytes = memory.shape[1] * memory.element_size()
+        self.page_bytes = memory[0].nbytes
 
     def pages(self, slot: int, count: int) -> Tensor:
-        return self.memory[slot : slot + count]
+        assert count == 1
+        return self.memory[slot][None]
 
     def address(self, slot: int, count: int) -> int:
-        return self.memory[slot : slot + count].data_ptr()
+        assert count == 1
+        return self.memory[slot].data_ptr()
+
+    def locked(self, slot: int) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +106,40 @@ class _Flight:
     """A transfer whose copies are submitted."""
 
     transfer: int
-    done: torch.cuda.Event | None
+    done: torch.cuda.Event | None = None
     """None: it is over."""
+    begun: torch.cuda.Event | None = None
+    nearly: torch.cuda.Event | None = None
+    """Behind all copies of a load but the last `AHEAD_BYTES`; None: there is no such event."""
+    before: float = 0.0
+    """Of its bytes, the part in front of that."""
     ok: bool = True
+
+    def over(self) -> bool:
+        """Whether all of it has been copied."""
+        return self.done is None or self.done.query()
+
+    def seconds(self) -> float:
+        """How long the copies have taken, or will have where the last are on their way; 0 where
+        nothing tells."""
+        if self.begun is None or self.done is None:
+            return 0.0
+        if self.done.query():
+            return float(self.begun.elapsed_time(self.done)) * 1e-3
+        if self.nearly is None or not self.before:
+            return 0.0
+        return float(self.begun.elapsed_time(self.nearly)) * 1e-3 / self.before
+
+
+@dataclass(slots=True)
+class _OfDisk:
+    """A transfer of the disk."""
+
+    transfer: Transfer
+    staged: _Staged | None = None
+    """The host memory that its pages go through, once they do."""
+    seconds: float = 0.0
+    """That reading has taken."""
 
 
 class Transfers:
@@ -104,8 +157,7 @@ class Transfers:
             disk: Where they go from there, if anywhere.
         """
         self._disk = disk
-        self._staged: dict[int, tuple[Transfer, _Staged | None]] = {}
-        """Transfers of the disk, with the host memory that their pages go through."""
+        self._of_disk: dict[int, _OfDisk] = {}
         self._blocks = kv.view(kv.shape[0], -1)
         self._ram = ram
         self._device = device
@@ -115,11 +167,8 @@ class Transfers:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
-            from cuda.bindings import driver
-
-            self._driver: Any = driver
-            self._out = (torch.cuda.Stream(device), torch.cuda.Stream(device))
-            self._in = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+            self._batches = Batches()
+            self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
             self._thread.start()
 
@@ -145,12 +194,12 @@ class Transfers:
         elif self._disk is None:
             self._ended.append(TransferResult(transfer.transfer, False))
         elif isinstance(transfer, Load):
-            self._staged[transfer.transfer] = transfer, None
+            self._of_disk[transfer.transfer] = _OfDisk(transfer)
             self._disk.get(transfer.transfer, (page.slot for page in transfer.pages))
         else:
             shape = len(transfer.pages), self._blocks.shape[1]
-            staged = _Staged(torch.empty(shape, dtype=self._blocks.dtype))
-            self._staged[transfer.transfer] = transfer, staged
+            staged = _Staged(torch.empty(shape, dtype=self._blocks.dtype).unbind())
+            self._of_disk[transfer.transfer] = _OfDisk(transfer, staged)
             self._begin(transfer, staged, _in_order(transfer.pages))
 
     def _begin(self, transfer: Transfer, host: Host, pages: tuple[Page, ...]) -> None:
@@ -161,7 +210,7 @@ class Transfers:
             except Exception:
                 self._failed(transfer)
             else:
-                self._flights.append(_Flight(transfer.transfer, None))
+                self._flights.append(_Flight(transfer.transfer))
             return
         after = self._fence
         if isinstance(transfer, Store):
@@ -169,16 +218,26 @@ class Transfers:
             after.record()
         self._jobs.put(_Job(transfer, after, host, pages))
 
-    def poll(self) -> list[TransferResult]:
-        """Transfers that ended since the last call."""
+    def poll(self, *, idle: bool = False) -> list[TransferResult]:
+        """Transfers that ended since the last call.
+
+        Where the device has nothing to compute (``idle``), a load is reported when its last bytes
+        are on their way: what is launched from then on waits for them there, and not for the host,
+        which takes as long to find out, to plan the step and to launch it.
+        """
         if self._disk is not None:
             for moved in self._disk.poll():
                 self._moved(moved)
-        # Two streams, so not only the oldest may have ended.
+        # One stream each way, so not only the oldest may have ended.
         for _ in range(len(self._flights)):
             flight = self._flights.popleft()
-            if flight.done is None or flight.done.query():
-                self._copied(flight.transfer, flight.ok)
+            if flight.over():
+                self._copied(flight)
+            elif idle and flight.nearly is not None and flight.nearly.query():
+                assert flight.done is not None
+                torch.cuda.current_stream(self._device).wait_event(flight.done)
+                self.fence()
+                self._copied(flight)
             else:
                 self._flights.append(flight)
         return [self._ended.popleft() for _ in range(len(self._ended))]
@@ -188,7 +247,7 @@ class Transfers:
         if self._thread is not None and self._thread.is_alive():
             self._jobs.put(None)
             self._thread.join()
-            for stream in (*self._out, *self._in):
+            for stream in (self._out, self._in):
                 stream.synchronize()
 
     # -------------------------------------------------------------------------------- the disk
@@ -201,52 +260,53 @@ class Transfers:
         blobs = [_blob(self._ram.pages(m.source, 1), m.target, m.tokens) for m in spill.pages]
         self._disk.put(spill.transfer, blobs)
 
-    def _copied(self, transfer: int, ok: bool) -> None:
+    def _copied(self, flight: _Flight) -> None:
         """A copy between the pool and the host has ended."""
-        waiting, staged = self._staged.pop(transfer, (None, None))
-        if self._disk is None or staged is None or not ok or not isinstance(waiting, Store):
-            self._ended.append(TransferResult(transfer, ok))
-            return
-        pages = zip(waiting.pages, staged.memory, strict=True)
-        self._disk.put(transfer, [_blob(data, page.slot, page.tokens) for page, data in pages])
+        number, seconds = flight.transfer, flight.seconds()
+        known = self._of_disk.pop(number, None)
+        if known is None or known.staged is None or not isinstance(known.transfer, Store):
+            read = 0.0 if known is None else known.seconds
+            self._ended.append(TransferResult(number, flight.ok, seconds + read))
+        elif self._disk is None or not flight.ok:
+            self._ended.append(TransferResult(number, False))
+        else:
+            pages = zip(known.transfer.pages, known.staged.memory, strict=True)
+            self._disk.put(number, [_blob(data, page.slot, page.tokens) for page, data in pages])
 
     def _moved(self, moved: Moved) -> None:
         """The disk has done its part of a transfer."""
-        waiting, _ = self._staged.pop(moved.transfer, (None, None))
-        if not moved.ok or not isinstance(waiting, Load):
+        known = self._of_disk.get(moved.transfer)
+        if not moved.ok or known is None or not isinstance(known.transfer, Load):
+            self._of_disk.pop(moved.transfer, None)
             self._ended.append(TransferResult(moved.transfer, moved.ok, moved.seconds))
             return
         assert self._disk is not None
-        data = {id(extent): data for extent, data in moved.read}
-        parts = [data[id(self._disk.at(page.slot))] for page in waiting.pages]
-        memory = torch.stack([torch.from_numpy(part).view(self._blocks.dtype) for part in parts])
-        staged = _Staged(memory)
-        self._staged[moved.transfer] = waiting, staged
-        self._begin(waiting, staged, _in_order(waiting.pages))
+        load, data = known.transfer, {id(extent): data for extent, data in moved.read}
+        parts = [data[id(self._disk.at(page.slot))] for page in load.pages]
+        known.staged = _Staged([torch.from_numpy(part).view(self._blocks.dtype) for part in parts])
+        known.seconds = moved.seconds
+        self._begin(load, known.staged, _in_order(load.pages))
 
     # ------------------------------------------------------------------------------ the copies
 
     def _work(self) -> None:
         torch.cuda.set_device(self._device)
-        self._out[0].synchronize()  # makes the device's context current in this thread
+        self._out.synchronize()  # makes the device's context current in this thread
         while (job := self._jobs.get()) is not None:
-            streams = self._out if isinstance(job.transfer, Store) else self._in
+            stream = self._out if isinstance(job.transfer, Store) else self._in
             try:
                 if job.after is not None:
-                    for stream in streams:
-                        stream.wait_event(job.after)
-                self._copy_on(streams, job)
-                streams[0].wait_event(streams[1].record_event())
-                done = streams[0].record_event()
+                    stream.wait_event(job.after)
+                flight = self._copy_on(stream, job)
             except Exception:
                 self._failed(job.transfer)
             else:
-                self._flights.append(_Flight(job.transfer.transfer, done))
+                self._flights.append(flight)
 
     def _failed(self, transfer: Transfer) -> None:
         """A copy costs a computation where it fails, and nobody their text."""
         log.exception("transfer %d failed", transfer.transfer)
-        self._flights.append(_Flight(transfer.transfer, None, ok=False))
+        self._flights.append(_Flight(transfer.transfer, ok=False))
 
     def _copy(self, job: _Job) -> None:
         """Copy its pages, neighbours on both sides together."""
@@ -258,24 +318,41 @@ class Transfers:
             else:
                 blocks.copy_(pages)
 
-    def _copy_on(self, streams: tuple[torch.cuda.Stream, torch.cuda.Stream], job: _Job) -> None:
-        """The same on two CUDA streams in turn, by the driver itself.
+    def _copy_on(self, stream: torch.cuda.Stream, job: _Job) -> _Flight:
+        """The same on a CUDA stream, by the driver itself.
 
-        The driver takes 2 µs a copy and torch 20, which would limit blocks of half a megabyte to
-        half of what the bus carries. On one stream the next copy is set up only when the last one
-        has ended, and blocks of half a megabyte get 74 % of what the bus carries.
+        It takes 5 µs for a page of a batch, most of it Python's; torch takes 20.
         """
-        driver, memory, size = self._driver, job.host, job.host.page_bytes
+        begun = stream.record_event(torch.cuda.Event(enable_timing=True))
+        locked = job.host.locked(max(page.slot for page in job.pages))
+        nearly, before = None, 0.0
+        at, last = 0, len(job.pages)
+        if locked and isinstance(job.transfer, Load):
+            last = max(0, last - AHEAD_BYTES // job.host.page_bytes)
+            before = last / len(job.pages)
+        # The first are on their way while the others are looked for.
+        while at < len(job.pages):
+            if at >= last and nearly is None and locked:
+                nearly = stream.record_event(torch.cuda.Event(enable_timing=True))
+            end = at + _BATCH_PAGES
+            if at < last < end:
+                end = last
+            self._copy_batch(stream, job, job.pages[at:end], together=locked)
+            at = end
+        done = stream.record_event(torch.cuda.Event(enable_timing=True))
+        return _Flight(job.transfer.transfer, done, begun, nearly, before)
+
+    def _copy_batch(
+        self, stream: torch.cuda.Stream, job: _Job, pages: tuple[Page, ...], *, together: bool
+    ) -> None:
+        memory, size = job.host, job.host.page_bytes
         base = self._blocks.data_ptr() + PADDING_BLOCKS * size
-        for at, (block, slot, count) in enumerate(stretches(job.pages, memory.slab_pages)):
-            handle = streams[at % 2].cuda_stream
-            host, device = memory.address(slot, count), base + block * size
-            if isinstance(job.transfer, Store):
-                (status,) = driver.cuMemcpyDtoHAsync(host, device, count * size, handle)
-            else:
-                (status,) = driver.cuMemcpyHtoDAsync(device, host, count * size, handle)
-            if status != driver.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(f"a copy was refused: {status.name}")
+        parts = stretches(pages, memory.slab_pages)
+        device = np.array([base + block * size for block, _, _ in parts], np.uint64)
+        host = np.array([memory.address(slot, count) for _, slot, count in parts], np.uint64)
+        sizes = np.array([count * size for _, _, count in parts], np.uint64)
+        to, of = (host, device) if isinstance(job.transfer, Store) else (device, host)
+        self._batches.copy(to, of, sizes, stream.cuda_stream, together=together)
 
 
 def _in_order(pages: Sequence[Page]) -> tuple[Page, ...]:
