@@ -10,13 +10,22 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kvpager.types import PageName
 from pagedd_daemon import messages as m
 from pagedd_daemon.backends.base import Backend
 from pagedd_daemon.backends.llama import LlamaBackend
 from pagedd_daemon.backends.simulated import BYTES_PER_TOKEN, SimulatedBackend
-from pagedd_daemon.engine.tiers.records import read_header
+from pagedd_daemon.engine.tiers.disk import Blob, DiskTier
+from pagedd_daemon.engine.tiers.diskfile import (
+    SLOWEST_BYTES_PER_S,
+    WRITE_DEADLINE_S,
+    DiskFile,
+    Io,
+)
+from pagedd_daemon.engine.tiers.records import Shape, read_header
 from pagedd_daemon.engine.tiers.store import clear
 from pagedd_daemon.front import requests as r
 from pagedd_daemon.front.access import Access
@@ -24,7 +33,7 @@ from pagedd_daemon.front.accounts import Account
 from pagedd_daemon.front.apps import Apps
 from pagedd_daemon.front.eras import Eras
 from pagedd_daemon.owners import join, split
-from pagedd_daemon.private_files import ERAS_NAME, STORE_NAME, NotPrivateError
+from pagedd_daemon.private_files import ERAS_NAME, STORE_NAME, NotPrivateError, open_private
 from tests.support.daemon import running_daemon
 from tests.support.driver import Driver
 from tests.support.front import Front, run
@@ -260,3 +269,66 @@ def test_the_command_line_shows_and_clears_what_is_ones_own(tmp_path: Path) -> N
     ):
         assert client.complete(text, max_tokens=1).usage.cached_tokens == 0
         assert client.complete(text, max_tokens=1).usage.cached_tokens == 64
+
+
+class Dies(Io):
+    """Writes so many times, and never again."""
+
+    def __init__(self, writes: int) -> None:
+        self.left = writes
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if not self.left:
+            raise OSError("killed")
+        self.left -= 1
+        return super().pwrite(descriptor, data, offset)
+
+
+SHAPE = Shape(bytes(32), 8, 1 << 16)
+
+
+def opened(path: Path, io: Io | None = None, clock: Callable[[], float] = float) -> DiskTier:
+    """A tier without threads in the file at ``path``."""
+    return DiskTier(DiskFile(open_private(path), SHAPE, io=io, readers=0, clock=clock))
+
+
+def filled(path: Path) -> None:
+    """Anns pages of ones in slots 0 to 3, Bobs of twos behind them."""
+    path.touch(0o600)
+    os.truncate(path, SHAPE.total_bytes)
+    with closing(opened(path)) as tier:
+        for slot in range(8):
+            data = np.full(4096, 1 + slot // 4, np.uint8)
+            tier.put(slot, [Blob(data, {slot: (0, 16)}, 16)])
+            assert [moved.ok for moved in tier.poll()] == [True]
+            tier.commit(slot, PageName(bytes([slot]) * 32, None, (ANN, BOB)[slot // 4]))
+        tier.poll()
+
+
+def test_whoever_is_killed_while_it_erases_begins_anew_and_no_byte_is_left(tmp_path: Path) -> None:
+    for writes in range(9):
+        path = tmp_path / str(writes)
+        filled(path)
+        with closing(opened(path, Dies(writes))) as tier:
+            assert tier.erase(lambda name: name.owner == ANN) == 4
+            tier.poll()
+            assert bool(tier.file.trouble) == (writes < 8)  # four pages and their records
+        with closing(opened(path)) as tier:
+            tier.erase(lambda name: name.owner == ANN)
+            assert [slot for slot, _ in tier.adoptable().pages] == [4, 5, 6, 7]
+            tier.poll()
+        data = path.read_bytes()[SHAPE.data_offset :]
+        assert data.count(1) == 0
+        assert data.count(2) == 4 * 4096
+
+
+def test_what_is_written_behind_pages_that_are_erased_has_more_time(tmp_path: Path) -> None:
+    now = 0.0
+    filled(tmp_path / "store")
+    with closing(opened(tmp_path / "store", clock=lambda: now)) as tier:
+        tier.file.wipe(0, round(100 * SLOWEST_BYTES_PER_S))
+        tier.put(1, [Blob(np.ones(4096, np.uint8), {0: (0, 16)}, 16)])
+        now = WRITE_DEADLINE_S + 99
+        job = tier.file._flights[0]
+        assert not tier.file._is_late(job, now)
+        assert tier.file._is_late(job, now + 2)

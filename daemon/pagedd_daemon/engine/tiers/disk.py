@@ -134,12 +134,13 @@ class DiskTier:
     def erase(self, given_up: Callable[[PageName], bool]) -> int:
         """Forget the pages that are ``given_up``, and wipe their bytes; how many there were. Before
         the pager hears of them (`adoptable`)."""
-        slots = [slot for slot, name in self._extents.named() if given_up(name)]
+        slots = {slot: None for slot, name in self._extents.named() if given_up(name)}
         extents = {id(extent): extent for slot in slots if (extent := self._extents.at(slot))}
-        self._extents.drop(slots)
         for extent in extents.values():
-            if not extent.slots:
+            if extent.slots.keys() <= slots.keys():
                 self._file.wipe(extent.offset, extent.length)
+        # After that: whoever is killed in between finds the records again, and begins anew.
+        self._extents.drop(list(slots))
         return len(slots)
 
     def at(self, slot: int) -> Extent | None:

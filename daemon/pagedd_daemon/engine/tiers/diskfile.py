@@ -126,6 +126,8 @@ class Job:
     corrupt: bool = False
     """It was read, and is not what was written."""
     over: bool = False
+    behind: int = 0
+    """Bytes that were to be wiped before it."""
 
 
 Task: TypeAlias = Callable[[], None]
@@ -169,6 +171,9 @@ class DiskFile:
         self.late = self.corrupt = 0
         """Reads that took too long, and reads of what was not what had been written."""
         self._queued = 0
+        self._to_wipe = self._wiped = 0
+        """Bytes that were ever asked to be wiped, and those of them that are: each is written by
+        one thread alone."""
         self._flights: list[Job] = []
         self._to_write: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._to_read: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -193,6 +198,7 @@ class DiskFile:
             return None
         chunks = [Chunk(offset, data.size) for offset, data in parts]
         job = Job(number, True, size, self._clock(), chunks, [data for _, data in parts])
+        job.behind = self._to_wipe - self._wiped
         self._queued += size
         self._begin(job, self._to_write, self._write)
         return job
@@ -222,7 +228,9 @@ class DiskFile:
             for done in range(0, length, _CHUNK):
                 zeros = memoryview(bytes(min(_CHUNK, length - done)))
                 write_all(self._io, self._descriptor, zeros, at + done)
+            self._wiped += length
 
+        self._to_wipe += length
         self._to_write.put(lambda: self._record(fill))
 
     def forget(self, offset: int, length: int) -> None:
@@ -316,7 +324,7 @@ class DiskFile:
 
     def _is_late(self, job: Job, now: float) -> bool:
         most = WRITE_DEADLINE_S if job.writes else READ_DEADLINE_S
-        if now - job.begun <= most + job.bytes / SLOWEST_BYTES_PER_S:
+        if now - job.begun <= most + (job.bytes + job.behind) / SLOWEST_BYTES_PER_S:
             return False
         if job.writes:
             # It may still be writing where others would be put next.
