@@ -29,9 +29,13 @@ class Terminal:
     def __init__(self, daemon: RunningDaemon, *arguments: str) -> None:
         self.seen = ""
         self._ours, theirs = pty.openpty()
-        # `setsid --ctty` is what a terminal emulator does for its shell.
+        # `setsid --ctty` is what a terminal emulator does for its shell. SIGINT may be ignored
+        # here, where the tests run in the background.
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", sys.executable, "-m", "pagedd", *arguments],
+            [
+                *("setsid", "--ctty", "--wait", "env", "--default-signal=INT"),
+                *(sys.executable, "-m", "pagedd", *arguments),
+            ],
             env=daemon.env | {"TERM": "dumb"},
             stdin=theirs,
             stdout=theirs,

@@ -74,7 +74,11 @@ def test_they_are_served_on_the_loopback_interface_and_to_nobody_elses_page(
     daemon: RunningDaemon,
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "pagedd", "metrics", "--listen", "127.0.0.1:0"],
+        # As scripts start what they leave in the background: it must end by SIGTERM all the same.
+        [
+            *("env", "--ignore-signal=INT", sys.executable),
+            *("-m", "pagedd", "metrics", "--listen", "127.0.0.1:0"),
+        ],
         env=daemon.env,
         stderr=subprocess.PIPE,
         text=True,

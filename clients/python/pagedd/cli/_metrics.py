@@ -37,7 +37,8 @@ def metrics(listen: str | None, json_: bool, host: str | None, timeout: float) -
             click.echo(text, nl=False)
         return
     address, port = loopback(listen)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # By its own handler: SIGINT itself is ignored by what a script starts in the background.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = _Server(address, port, host, timeout)
     bound = server.server_address[1]
     where = f"http://{address if ':' not in address else f'[{address}]'}:{bound}/metrics"
