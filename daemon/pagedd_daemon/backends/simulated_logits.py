@@ -42,17 +42,15 @@ class Logits:
         else:
             for height in (11.0, 9.5, 9.0):
                 h = mix(h)
-                row[self._favourite(h)] = height
+                # An id that text of this vocabulary might have here.
+                if self._vocab_size < 256:
+                    row[h % self._vocab_size] = height
+                elif h % _MULTIBYTE_EVERY == 0:
+                    row[_LEADS[(h >> 8) % len(_LEADS)]] = height
+                else:
+                    row[32 + (h >> 8) % 95] = height
         eog = self._eog_tokens
         for token in eog:
             row[token] = -20.0
         if eog and follower is None and (h >> 32) % _EOG_EVERY == 0:
             row[min(eog)] = 30.0
-
-    def _favourite(self, h: int) -> int:
-        """An id that text of this vocabulary might have here."""
-        if self._vocab_size < 256:
-            return h % self._vocab_size
-        if h % _MULTIBYTE_EVERY == 0:
-            return _LEADS[(h >> 8) % len(_LEADS)]
-        return 32 + (h >> 8) % 95
