@@ -30,6 +30,9 @@ from kvpager.types import (
     Tier,
 )
 
+_TIERS = tuple(Tier)
+"""By number: calling the enumeration for each of hundreds of pages takes as long as the rest."""
+
 
 @dataclass(slots=True)
 class Plan:
@@ -391,7 +394,7 @@ class Admission:
             return np.flatnonzero(~own[:hits]).tolist(), pages
         slots, tiers = plan.slots.tolist(), plan.tiers.tolist()
         for index in loads.tolist():
-            pages[Tier(tiers[index])].append(Page(index, int(table[index]), slots[index], size))
+            pages[_TIERS[tiers[index]]].append(Page(index, int(table[index]), slots[index], size))
         fresh = loads[pool.index.wheres[Tier.GPU][plan.nodes[loads]] < 0]
         pool.index.place_all(plan.nodes[fresh], Tier.GPU, table[fresh])
         pool.blocks.nodes[table[fresh]] = plan.nodes[fresh]

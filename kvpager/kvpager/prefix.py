@@ -163,8 +163,10 @@ class PageIndex:
         parent = self.parent[node]
         if parent >= 0:
             self.children[tier][parent] -= 1
-        if all(item[node] == _NOWHERE for item in self.where):
-            self._delete(node)
+        for item in self.where:
+            if item[node] != _NOWHERE:
+                return
+        self._delete(node)
 
     def nodes(self) -> list[int]:
         """All nodes in use, ascending."""

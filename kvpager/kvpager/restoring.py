@@ -58,7 +58,8 @@ class Restoring:
             return False
         if (self._pool.blocks.states[plan.blocks[~missing]] == LOADING).any():
             return False  # it has to wait for others anyway
-        tiers = [Tier(tier) for tier in plan.tiers[missing].tolist()]
+        of = tuple(Tier)
+        tiers = [of[tier] for tier in plan.tiers[missing].tolist()]
         if self._share(tiers) == 0:
             return False
         prefill, rates = self._cost.prefill, self._cost.loads

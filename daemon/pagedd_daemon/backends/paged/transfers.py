@@ -46,7 +46,7 @@ AHEAD_BYTES = 192 << 20
 over a bus of 55 GB/s, and the host as long until the step that reads them is launched."""
 
 
-_BATCH_PAGES = 64
+_BATCH_PAGES = 32
 """Pages of a batch: with more the bus is no busier, and its first byte waits for all of them."""
 
 
