@@ -47,6 +47,7 @@ class Restore:
         if first < 0 or count < 0:
             raise ValueError(f"cannot restore {count} blocks from block {first} on")
         self.first = first
+        self.count = count
         self._states = [_State.MISSING] * count
         self._lost: set[int] = set()
         self.remaining = count
