@@ -51,7 +51,8 @@ def write_merged(report: Report, stage: str, results: Path) -> None:
     others = [
         {**row, "commit": row.get("commit", before["commit"])}
         for row in before["rows"]
-        if row.get("stage") != stage and row["what"] not in again
+        # Rows of no stage are from before there were any; other stages may have rows of that name.
+        if row.get("stage") != stage and ("stage" in row or row["what"] not in again)
     ]
     document["rows"] = others + mine
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -121,6 +121,17 @@ def test_a_stage_replaces_its_own_rows_and_no_others(
     assert all(row["commit"] for row in rows)
 
 
+def test_stages_may_have_rows_of_the_same_name(tmp_path: Path) -> None:
+    def compiled(value: float) -> Callable[[Report], None]:
+        return lambda report: report.add(Row("compiled late", value, "", "== 0"))
+
+    for name, value in [("one", 1.0), ("two", 2.0), ("one", 0.0)]:
+        stages = {name: compiled(value)}
+        run("bench-test", stages, machine=("m", "a machine"), results=tmp_path)
+    rows = json.loads((tmp_path / "bench-test-m.json").read_text())["rows"]
+    assert [(row["stage"], row["value"]) for row in rows] == [("two", 2.0), ("one", 0.0)]
+
+
 def test_a_quick_run_of_stages_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

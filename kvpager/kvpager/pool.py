@@ -52,8 +52,8 @@ class Pool:
         assert count <= self.blocks.available()
         space.used += count
         taken = self.blocks.pop_free(count)
-        while len(taken) < count:
-            taken.append(self._evict_one())
+        evict = self._evict_one
+        taken += [evict() for _ in range(count - len(taken))]
         if taken:
             which = np.array(taken, dtype=np.intp)
             self.blocks.states[which] = ACTIVE
@@ -259,12 +259,12 @@ class Pool:
 
     def clean(self, block: int) -> bool:
         """Whether the block's page can be loaded from below too."""
-        node = self.blocks.node[block]
-        for tier in (self.ram, self.disk):  # asked for each of hundreds of evictions
-            slot = self.index.where[tier.tier][node]
-            if slot >= 0 and tier.ready(slot):
-                return True
-        return False
+        node = self.blocks.node[block]  # asked for each of hundreds of evictions
+        slot = self.index.where[Tier.RAM][node]
+        if slot >= 0 and self.ram.ready(slot):
+            return True
+        slot = self.index.where[Tier.DISK][node]
+        return slot >= 0 and self.disk.ready(slot)
 
     def dirty_blocks(self, depth: int, count: int) -> list[int]:
         """Up to ``count`` blocks without a copy below, of the ``depth`` that are evicted next."""
@@ -297,14 +297,14 @@ class Pool:
         """A cached block, rid of its page: oldest leaf first, pages also below before others."""
         cached = self.blocks.cached
         children, node = self.index.children[Tier.GPU], self.blocks.node
+        victim = cached.oldest()
         for _ in range(cached.count):
-            block = cached.oldest()
-            if not children[node[block]]:
+            if not children[node[victim]]:
                 break
             # A page that others continue is as recent as they are: to the other end with it.
-            cached.remove(block)
-            cached.push_newest(block)
-        victim = cached.oldest()
+            cached.remove(victim)
+            cached.push_newest(victim)
+            victim = cached.oldest()
         if (self.ram.total or self.disk.total) and not self.clean(victim):
             for block in islice(cached, _CLEAN_LOOKAHEAD):
                 if not children[node[block]] and self.clean(block):
