@@ -135,6 +135,6 @@ def test_everybody_ends_whatever_fails_shrinks_or_pauses_and_quotas_hold() -> No
         live(seed)
 
 
-@pytest.mark.parametrize("seed", [34, 5089, 5180, 82603615547, REPLAY])
+@pytest.mark.parametrize("seed", [34, 5089, 5180, 82603615547, 479646734267, REPLAY])
 def test_replay_of_one_run(seed: int) -> None:
     live(seed)

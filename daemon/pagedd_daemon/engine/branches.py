@@ -132,9 +132,13 @@ class Branches:
         group.members = []
         group.request.sequences.clear()
 
-    def untangle(self) -> None:
+    def untangle(self) -> bool:
         """Nobody can run. Where that is so because groups came back in part and keep the room that
-        their other beams need, they make way: all but one, or the only one, to begin anew."""
+        their other beams need, they make way: all but one, or the only one, to begin anew.
+
+        Returns:
+            Whether there are such groups.
+        """
         torn = [g for g in self._groups.values() if g.torn and not g.request.paused]
         for group in torn[1:] or torn:
             resident = next(s for s in group.members if s.state is SequenceState.RUNNING)
@@ -143,6 +147,7 @@ class Branches:
                 self._room.stranded.append(resident)
             else:
                 self._room.page_out(resident)
+        return bool(torn)
 
     def _step(self, group: BeamGroup) -> None:
         group.tangled = 0

@@ -63,6 +63,15 @@ class Room:
             self.page_out(self.choose(self._turns.victims(running)) or running[-1])
             self._residents.hear()
 
+    def make_way(self, asking: Sequence) -> None:
+        """No step is in flight and none can follow: page somebody out for ``asking``'s prompt."""
+        if not self._others(asking):
+            return
+        victim = self._victim(asking, must=True, in_flight=False)
+        if victim is not None:
+            self.page_out(victim)
+            self._residents.hear()
+
     def page_out(self, victim: Sequence) -> None:
         """Have it give its blocks back, as soon as no step in flight needs them."""
         for member in victim.request.sequences.values():
@@ -104,12 +113,8 @@ class Room:
         search do not make way for each other: they can only go on together.
         """
         must = must and not in_flight
-        running = [s for s in self._residents.sequences.values() if s.removable]
-        if asking.seq in self.at_ceiling:
-            # Only its own namespace can give it room.
-            running = [s for s in running if s.request.root == asking.request.root]
-        group = asking.request if asking.request.beams is not None else None
-        others = [s for s in running if s is not asking and s.request is not group]
+        running = self._helpful(asking)
+        others = self._others(asking)
         if asking.seq in self.at_ceiling:
             must = must or (not others and not in_flight)
         paused = [s for s in running if s.request.paused]
@@ -122,3 +127,15 @@ class Room:
         if must:
             self.stranded.append(asking)
         return None
+
+    def _helpful(self, asking: Sequence) -> list[Sequence]:
+        """Whose room ``asking`` could have, itself included."""
+        running = [s for s in self._residents.sequences.values() if s.removable]
+        if asking.seq in self.at_ceiling:  # only its own namespace can give it room
+            running = [s for s in running if s.request.root == asking.request.root]
+        return running
+
+    def _others(self, asking: Sequence) -> list[Sequence]:
+        """The same, without itself and, of a search, the beams beside it."""
+        group = asking.request if asking.request.beams is not None else None
+        return [s for s in self._helpful(asking) if s is not asking and s.request is not group]

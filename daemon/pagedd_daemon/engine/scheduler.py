@@ -13,7 +13,7 @@ vain: what was computed there is forgotten.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 
@@ -232,6 +232,7 @@ class Scheduler:
         pace = self.turns.pace()
         decodes = self.turns.decoding(decodes, pace, self._decodes_within(pace))
         ready, pressed = self._room.make(decodes, in_flight=bool(self._flights))
+        short = {s.seq for s in decodes} - {s.seq for s in ready}
         self._residents.evicted.clear()
         if self._entrance.let_in(now, pressed=pressed) or pressed:
             # Where a copy is done at once, whoever was found in RAM takes part in this very step.
@@ -242,13 +243,15 @@ class Scheduler:
             self.turns.look(self._residents.sequences.values())
             pace = self.turns.pace()
             ready = self.turns.decoding(ready, pace, self._decodes_within(pace))
-        chunks = self._chunks(ready, pace)
+        chunks, blocked = self._chunks(ready, pace)
         if not ready and not chunks:
-            if not (
-                self._flights or self._pool.transfers_in_flight or self._room.somebody_leaves()
-            ):
-                self.branches.untangle()
-            return None
+            if self._flights or self._pool.transfers_in_flight or self._room.somebody_leaves():
+                return None
+            ready = self._withheld(short, pace)
+            if not ready:
+                if not self.branches.untangle() and blocked is not None:
+                    self._room.make_way(blocked)
+                return None
         if ready and not chunks and (ahead := self._room_ahead(ready)) > 1:
             return self._begin_stretch(ready, ahead)
         return self._launch([*((s, 1) for s in ready), *chunks])
@@ -382,8 +385,49 @@ class Scheduler:
         person = pace.spared is PriorityClass.INTERACTIVE
         return self.cost.decodes_within(pace.decode_s, LEAST_ASIDE if person else LEAST_DECODES)
 
-    def _chunks(self, ready: list[Sequence], pace: Pace) -> list[tuple[Sequence, int]]:
-        """Chunks of prompts for this step, by turn, whole blocks where a prompt goes on."""
+    def _withheld(self, short: set[int], pace: Pace) -> list[Sequence]:
+        """Decodes for a step that would be empty: of apps that are ahead, and not ``short`` of
+        room. Whom they were to wait for cannot go on for want of room, until they have ended.
+        """
+        decodes = self.turns.look(self._residents.sequences.values())
+        able = [sequence for sequence in decodes if sequence.seq not in short]
+        able = self.turns.decoding(able, pace, self._decodes_within(pace), ahead=True)
+        return self._room.make(able, in_flight=False)[0] if able else []
+
+    def _chunks(
+        self, ready: list[Sequence], pace: Pace
+    ) -> tuple[list[tuple[Sequence, int]], Sequence | None]:
+        """Chunks of prompts for this step, which have room; and of those without, whom to help.
+
+        Where nobody whose turn it is has room, it is the next one's: else all would stand still
+        while who could go on, and then give room, waits behind who cannot.
+        """
+        lacking: set[int] = set()
+        blocked: Sequence | None = None
+        at_ceiling: frozenset[int] = frozenset()
+        while wanted := self._wanted(ready, pace, lacking):
+            short = self._room.reserve([s for s, _ in wanted], [n for _, n in wanted])
+            chunks = [(s, n) for s, n in wanted if s.seq not in short]
+            for s, n in wanted:
+                # What came back with all that its namespace may have decodes one token further on,
+                # and is refused there.
+                if (
+                    s.seq in self._room.at_ceiling
+                    and n > 1
+                    and not self._room.reserve([s], [n - 1])
+                ):
+                    return [*chunks, (s, n - 1)], None
+            if chunks or ready:
+                return chunks, None
+            if blocked is None or blocked.seq in at_ceiling:
+                blocked, at_ceiling = wanted[0][0], self._room.at_ceiling
+            lacking |= short
+        return [], blocked
+
+    def _wanted(
+        self, ready: list[Sequence], pace: Pace, lacking: Container[int]
+    ) -> list[tuple[Sequence, int]]:
+        """Chunks by turn, whole blocks where a prompt goes on, of who is not ``lacking`` room."""
         block = self._caps.block_tokens
         most = self._caps.max_step_tokens - len(ready)
         least = min(_LEAST_ATTENTIVE if pace.attentive else _LEAST_CHUNK, most)
@@ -397,6 +441,8 @@ class Scheduler:
             klass = sequence.request.klass
             if budget <= 0 or klass > answered:
                 break
+            if sequence.seq in lacking:
+                continue
             if not wanted and _asked(sequence) <= 2 * whole:
                 # A short question comes whole, or in halves. The end of a long prompt does not:
                 # others have waited long enough.
@@ -414,16 +460,7 @@ class Scheduler:
             budget -= count
             if count == sequence.pending and klass is PriorityClass.INTERACTIVE:
                 answered = klass
-        if not wanted:
-            return []
-        short = self._room.reserve([s for s, _ in wanted], [n for _, n in wanted])
-        chunks = [(s, n) for s, n in wanted if s.seq not in short]
-        for s, n in wanted:
-            # What came back with all that its namespace may have decodes one token further on,
-            # and is refused there.
-            if s.seq in self._room.at_ceiling and n > 1 and not self._room.reserve([s], [n - 1]):
-                return [*chunks, (s, n - 1)]
-        return chunks
+        return wanted
 
     def _launch(self, parts: list[tuple[Sequence, int]]) -> Step:
         """The step over ``parts``, announced to the pager."""

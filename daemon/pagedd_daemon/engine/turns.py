@@ -245,17 +245,20 @@ class Turns:
             alone=len(flows) == 1 and persons <= flows,
         )
 
-    def decoding(self, decodes: list[Sequence], pace: Pace, most: int) -> list[Sequence]:
+    def decoding(
+        self, decodes: list[Sequence], pace: Pace, most: int, *, ahead: bool = False
+    ) -> list[Sequence]:
         """Who of ``decodes`` takes part, where ``most`` fit in a step's time: by turn, and in turn
         within an app.
 
-        Neither takes part, for as long as it lasts, who is ahead of an app whose prompts or decodes
-        are under way by one and a half quanta, in spite of all that keeps apps together otherwise.
+        Unless ``ahead``, neither takes part, for as long as it lasts, who is ahead of an app whose
+        prompts or decodes are under way by one and a half quanta, in spite of all that keeps apps
+        together otherwise.
         """
         if not self._served and len(decodes) <= most:
             return decodes
         by_flow = self._by_flow(decodes)
-        for flow in list(by_flow):
+        for flow in () if ahead else list(by_flow):
             if any(self.fair.too_far_ahead(flow, other, quanta=1.5) for other in self._served):
                 del by_flow[flow]
         if pace.spared is not None:
