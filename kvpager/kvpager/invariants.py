@@ -304,7 +304,7 @@ class _Check:
         if tier.tier is Tier.DISK:
             kept = (slot for slot in range(tier.total) if tier.node[slot] >= 0)
             owned = Counter(
-                self.pool.index.owner[tier.node[slot]] for slot in kept if not tier.holds[slot]
+                self.pool.index.owner(tier.node[slot]) for slot in kept if not tier.holds[slot]
             )
             self.require(tier.owned() == owned, f"{tier.owned()} slots by owner, not {owned}")
         for slot in range(tier.total):

@@ -243,7 +243,7 @@ class Keeping:
                 # A page that has a slot of RAM too is saved from there.
                 if block not in pool.blocks.cached or pool.below(node) is not None:
                     continue
-                slot = pool.disk.take(swap=False, evict=Evict.OLD, owner=pool.index.owner[node])
+                slot = pool.disk.take(swap=False, evict=Evict.OLD, owner=pool.index.owner(node))
                 if slot < 0:
                     break
                 pool.disk.name(slot, node)
@@ -257,7 +257,7 @@ class Keeping:
                 node = pool.ram.node[source]
                 if node < 0 or not pool.ram.ready(source) or on_disk[node] >= 0:
                     continue
-                target = pool.disk.take(swap=False, evict=Evict.OLD, owner=pool.index.owner[node])
+                target = pool.disk.take(swap=False, evict=Evict.OLD, owner=pool.index.owner(node))
                 if target < 0:
                     break
                 pool.disk.name(target, node)
@@ -271,7 +271,7 @@ class Keeping:
         pages: dict[Tier, list[Page]] = defaultdict(list)
         for block in pool.dirty_blocks(depth, _WRITE_BACK_MOST):
             node = pool.blocks.node[block]
-            place = pool.take_below(pool.index.owner[node], swap=False, background=True)
+            place = pool.take_below(pool.index.owner(node), swap=False, background=True)
             if place is None:
                 break
             place.tier.name(place.slot, node)
@@ -290,7 +290,7 @@ class Keeping:
                 continue
             if len(moves) == _WRITE_BACK_MOST:
                 break
-            owner = self._pool.index.owner[node]
+            owner = self._pool.index.owner(node)
             target = disk.take(swap=False, evict=Evict.OLD, owner=owner)
             if target < 0:
                 break

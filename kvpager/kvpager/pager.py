@@ -270,7 +270,7 @@ class Pager:
         index = self._pool.index
         parent = index.parent[node]
         before = index.digest(parent) if parent >= 0 else None
-        return PageName(index.digest(node), before, index.owner[node])
+        return PageName(index.digest(node), before, index.owner(node))
 
     def owned(self) -> dict[int, int]:
         """How many pages on disk each `Admit.owner` has that no sequence holds."""

@@ -3,7 +3,7 @@
 A page is named by a SHA-256 chain over the raw little-endian int32 token ids of its block and all
 blocks before it, rooted in a secret of 32 bytes (`Admit.root`), so that equal names mean equal
 content, and nobody without the root can guess one. Pages are nodes in flat arrays with a chained
-hash table over them; a node costs 80 bytes and no Python object.
+hash table over them; a node costs 76 bytes and no Python object.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ class PageIndex:
         self._free = array("i", range(capacity - 1, -1, -1))
         self.parent = zeros("i", capacity, -1)
         """Node of the page before this one, -1 at the start of a chain or for an orphan."""
-        self.owner = zeros("q", capacity)
-        """Whose page it is: `Admit.owner`."""
+        self._owner = zeros("i", capacity)
+        """Of each node, where in `_owners` it stands whose page it is: there are few owners, and
+        the number of one would take twice the bytes."""
+        self._owners = [0]
+        self._owner_at = {0: 0}
         self.where = tuple(zeros("i", capacity, _NOWHERE) for _ in Tier)
         """By tier: the block or slot that holds the page, -1 for none."""
         self.children = tuple(zeros("i", capacity) for _ in Tier)
@@ -85,7 +88,7 @@ class PageIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of bookkeeping."""
-        per_node = DIGEST + 4 * (3 + 2 * len(Tier)) + self.owner.itemsize
+        per_node = DIGEST + 4 * (4 + 2 * len(Tier))
         return per_node * self.capacity + 4 * len(self._heads)
 
     def digest(self, node: int) -> bytes:
@@ -128,8 +131,19 @@ class PageIndex:
         self._following[node] = self._heads[bucket]
         self._heads[bucket] = node
         self.parent[node] = parent
-        self.owner[node] = owner
+        self._owner[node] = self._number(owner)
         return node
+
+    def owner(self, node: int) -> int:
+        """Whose page it is: `Admit.owner`."""
+        return self._owners[self._owner[node]]
+
+    def _number(self, owner: int) -> int:
+        at = self._owner_at.get(owner)
+        if at is None:
+            at = self._owner_at[owner] = len(self._owners)
+            self._owners.append(owner)
+        return at
 
     def add_after(self, digest: bytes, before: bytes | None, owner: int) -> int:
         """A node for a page that continues the page ``before``, None for the first of a chain."""

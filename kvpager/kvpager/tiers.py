@@ -235,7 +235,7 @@ class LowerTier:
         else:
             self.cached.push_newest(slot)
         if self._owners is not None:
-            order = self._owners.cached(self._index.owner[self.node[slot]])
+            order = self._owners.cached(self._index.owner(self.node[slot]))
             if back:
                 order.put_back(slot)
             else:
@@ -245,11 +245,11 @@ class LowerTier:
         if slot in self.cached:
             self.cached.remove(slot)
             if self._owners is not None:
-                self._owners.cached(self._index.owner[self.node[slot]]).remove(slot)
+                self._owners.cached(self._index.owner(self.node[slot])).remove(slot)
 
     def _count(self, slot: int, more: int) -> None:
         if self._owners is not None and self.node[slot] >= 0:
-            self._owners.count(self._index.owner[self.node[slot]], more)
+            self._owners.count(self._index.owner(self.node[slot]), more)
 
     def _drop(self, slot: int) -> None:
         """The page of a slot that nobody holds is not here any more."""
