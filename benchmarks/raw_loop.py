@@ -61,6 +61,8 @@ class RawLoop:
         self._batch = llama_cpp.llama_batch_init(options.batch, 0, 1)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        is_end = llama_cpp.llama_vocab_is_eog
+        self._ends = [token for token in range(self._vocab_size) if is_end(vocab, token)]
 
     def _put(self, at: int, token: int, position: int, sequence: int, wanted: bool) -> None:
         batch = self._batch
@@ -106,8 +108,9 @@ class RawLoop:
         """Teacher-force ``prompt + reply``, ``chunk`` tokens at a time.
 
         Returns:
-            Per token of the reply: ``best`` and ``second``, the two largest logits of its position,
-            and ``chosen``, the token's own.
+            Per token of the reply: ``best`` and ``second``, the two largest logits of its position
+            but for those of what would end the text, which the replies that are judged may not
+            draw (``ignore_eos``), and ``chosen``, the token's own.
         """
         llama_cpp.llama_memory_clear(self._memory, False)
         text = [*prompt, *reply]
@@ -124,6 +127,7 @@ class RawLoop:
             for at in range(max(0, first - start), len(part)):
                 pointer = llama_cpp.llama_get_logits_ith(self._context, at)
                 logits = np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
+                logits[self._ends] = -np.inf
                 low, high = np.partition(logits, self._vocab_size - 2)[-2:]
                 best.append(float(high))
                 second.append(float(low))

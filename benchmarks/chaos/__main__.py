@@ -99,9 +99,12 @@ class Plain:
         self._model = Model(str(path), lambda _: None)
         options = ContextOptions(2048, 512, os.cpu_count() or 1, "f16", True)
         self._context = Context(self._model, options)
+        self._ends = sorted(self._model.eog_tokens())
 
     def logits(self, text: list[int], chunk: int) -> npt.NDArray[np.float32]:
-        """Logits after each token, float32, ``(tokens, vocab)``, computed in such pieces."""
+        """Logits after each token, float32, ``(tokens, vocab)``, computed in such pieces; of what
+        would end the text, -inf, for the streams that are judged may not draw it (``ignore_eos``).
+        """
         context, rows = self._context, []
         context.remove(0)
         for start in range(0, len(text), chunk):
@@ -114,7 +117,9 @@ class Plain:
             if context.decode(n):
                 raise RuntimeError("llama.cpp refused a plain run")
             rows.append(context.logits(n).copy())
-        return np.concatenate(rows)
+        result = np.concatenate(rows)
+        result[:, self._ends] = -np.inf
+        return result
 
     def close(self) -> None:
         """Free it."""
