@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pagedd._core import Assembly, Call
+from pagedd._core import Call
 from pagedd._errors import PageddError
 from pagedd._pump import Pump
-from pagedd._types import (
-    Chunk,
-    Completion,
-    Prompt,
-)
+from pagedd._stream_state import StreamState
+from pagedd._types import Chunk, Completion
 from pagedd._unanswered import stalled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Stream:
+class Stream(StreamState):
     """The chunks of one request, as they come; made by `Client.generate` and its like.
 
     Iterate over it, or call `wait` or `text`. Leaving it early as a context manager, or dropping
@@ -29,48 +25,8 @@ class Stream:
     """
 
     def __init__(self, pump: Pump, call: Call, timeout: float) -> None:
+        super().__init__(call, timeout)
         self._pump = pump
-        self._call = call
-        self._timeout = timeout
-        self._assembly = Assembly()
-        self._chunks: deque[Chunk] = deque()
-        self._error: PageddError | None = None
-
-    @property
-    def request_id(self) -> str:
-        """Names the request for `Client.cancel`."""
-        return self._call.id
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        """Length of the prompt; None until the daemon has accepted it."""
-        return self._assembly.prompt_tokens
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """The prompt as the model got it, with ``echo`` or ``prompt_logprobs``: all of it from the
-        first chunk on."""
-        return self._assembly.prompt
-
-    @property
-    def model(self) -> str | None:
-        """The model that serves it; None until the daemon has accepted the request."""
-        return self._assembly.model
-
-    @property
-    def seed(self) -> int | None:
-        """What the draws are keyed by; None until the daemon has accepted the request."""
-        return self._assembly.seed
-
-    @property
-    def result(self) -> Completion:
-        """The finished request.
-
-        Raises:
-            PageddError: The stream is not over (read it to its end, or call `wait`), or why it
-                failed.
-        """
-        return self._assembly.finished(self._error)
 
     def wait(self) -> Completion:
         """Read to the end."""
